@@ -1,0 +1,59 @@
+# One name for each thing that people and CI run. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+export CARGO_TERM_COLOR ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test bench format lint test-rust test-python clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The environment that demo, test and bench share. torch is large: it is installed once, and again only when the
+# pinned versions change.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip==26.3'
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+setup: $(VENV)/installed ## Create .venv with the pinned tools
+
+build: setup ## Build the extension module and the binary, optimised
+	$(BIN)/maturin develop --quiet --release --skip-install
+	cargo build --quiet --release -p reweft-cli
+
+demo: build ## Compile an untrained model, train it, refit the compiled one on disk and live
+	@$(BIN)/python tests/demo.py
+
+test: lint test-rust test-python ## Everything that CI runs
+
+lint: build ## Formatting, clippy, ruff, types and stubs
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps --workspace --exclude reweft-python
+	$(BIN)/ruff format --check --quiet python tests
+	$(BIN)/ruff check --quiet python tests
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --ignore-unused-allowlist --allowlist tests/stubtest-allowlist.txt reweft._core
+
+test-rust: setup ## Rust unit tests, integration tests and doctests
+	cargo test --quiet --workspace --exclude reweft-python
+
+test-python: build ## pytest
+	$(BIN)/python -m pytest tests
+
+bench: build ## Compare with the peers, in one run
+	$(BIN)/python -m tests.bench
+
+format: setup ## Format everything
+	cargo fmt --all
+	$(BIN)/ruff format --quiet python tests
+	$(BIN)/ruff check --quiet --fix python tests
+
+clean: ## Remove build products; .venv stays
+	cargo clean
+	rm -f python/reweft/_core*.so

@@ -1,0 +1,261 @@
+//! The manifest: what `trace` writes into a package about its slots, as `extra/reweft_manifest.json`.
+//!
+//! It names every tensor of the module that was compiled, with all its names, so that a refit knows ties, buffers that
+//! the program writes to, tensors it never reads and tensors that were compiled into the code. It is held against the
+//! program's own rows whenever a package is opened.
+
+use std::io::Write;
+use std::path::Path;
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use super::{Artifact, Slot, SlotKind, Unrefittable, aotinductor::Records};
+use crate::container::zip::{Archive, append_records};
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::Limits;
+use crate::source::Access;
+use crate::write::AtomicFile;
+
+/// Path of the manifest below the archive's root folder; torch keeps extra files in `extra/`.
+const MANIFEST: &str = "extra/reweft_manifest.json";
+/// The layout of this file; a reader refuses others.
+const VERSION: u32 = 1;
+
+/// One tensor of the compiled module, as the compiler's front end saw it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Origin {
+    /// Every name it has in the module, in registration order.
+    pub names: Vec<String>,
+    /// Whether a state_dict has it.
+    pub persistent: bool,
+    /// Whether the program writes to it.
+    pub mutated: bool,
+    /// Whether the exported program reads it at all.
+    pub used: bool,
+}
+
+/// One input tensor as it was when the package was compiled; the program takes no other shape, dtype or layout.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Input {
+    /// Name of the argument.
+    pub name: String,
+    /// Name of the dtype.
+    pub dtype: String,
+    /// Elements along each dimension.
+    pub shape: Vec<u64>,
+    /// Elements between neighbours along each dimension.
+    pub strides: Vec<u64>,
+    /// Where the tensor must be: `cpu`.
+    pub device: String,
+}
+
+/// What `trace` knows and the package does not say.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Origins {
+    /// Version of torch that compiled the package.
+    pub torch: String,
+    /// Device the program runs on: `cpu`.
+    pub device: String,
+    /// The program's inputs in call order.
+    pub inputs: Vec<Input>,
+    /// Every parameter, buffer and tensor attribute.
+    pub tensors: Vec<Origin>,
+}
+
+/// The manifest as it is stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    format: String,
+    version: u32,
+    torch: String,
+    device: String,
+    inputs: Vec<Input>,
+    weights: Option<String>,
+    slots: Vec<ManifestSlot>,
+    unused: Vec<String>,
+    unrefittable: Vec<Unrefittable>,
+}
+
+/// A slot as the manifest states it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ManifestSlot {
+    pub name: String,
+    aliases: Vec<String>,
+    constant: String,
+    kind: SlotKind,
+    persistent: bool,
+    mutated: bool,
+    dtype: String,
+    shape: Vec<u64>,
+    strides: Vec<u64>,
+    byte_offset: u64,
+    nbytes: u64,
+    pub hash: String,
+}
+
+/// Hash of a slot's bytes: BLAKE3, in hex behind the name, so that it is as long for every value.
+pub fn hash(bytes: &[u8]) -> String {
+    format!("blake3:{}", blake3::hash(bytes).to_hex())
+}
+
+/// Reads the manifest, if the package has one.
+pub(super) fn read(archive: &Archive, records: &Records, limits: &Limits) -> Result<Option<Manifest>> {
+    let name = record_name(records);
+    let Some(entry) = archive.entries().get(&name) else { return Ok(None) };
+    if entry.nbytes > limits.max_metadata_nbytes {
+        let what = format!("manifest of {} bytes; max_metadata_nbytes is {}", entry.nbytes, limits.max_metadata_nbytes);
+        return Err(Error::new(ErrorKind::Limit, what).in_record(name));
+    }
+    let manifest: Manifest = serde_json::from_slice(&archive.read(&name)?)
+        .map_err(|error| Error::format(error.to_string()).in_record(&name))?;
+    if manifest.format != "reweft-manifest" || manifest.version != VERSION {
+        let what = format!("manifest of format {:?} version {}, not {VERSION}", manifest.format, manifest.version);
+        return Err(Error::new(ErrorKind::Unsupported, what).in_record(name));
+    }
+    if manifest.weights != records.weights {
+        return Err(Error::format("manifest is of another weights record").in_record(name));
+    }
+    Ok(Some(manifest))
+}
+
+/// Name of the manifest's record.
+pub(crate) fn record_name(records: &Records) -> String {
+    format!("{}/{MANIFEST}", records.root)
+}
+
+impl Manifest {
+    /// Puts names, aliases and hashes on the program's rows, which must be the rows the manifest was made of.
+    pub(super) fn label(&self, slots: &mut [Slot]) -> Result<()> {
+        if self.slots.len() != slots.len() {
+            let (stated, found) = (self.slots.len(), slots.len());
+            return Err(Error::format(format!("manifest has {stated} slots, the program {found}")));
+        }
+        for (stated, slot) in self.slots.iter().zip(slots) {
+            slot.name.clone_from(&stated.name);
+            slot.aliases.clone_from(&stated.aliases);
+            slot.persistent = stated.persistent;
+            slot.mutated = stated.mutated;
+            slot.hash = Some(stated.hash.clone());
+            if ManifestSlot::new(slot, stated.hash.clone()) != *stated {
+                return Err(Error::format("manifest and program differ on this slot").of_key(&stated.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Version of torch that compiled the package.
+    pub fn torch(&self) -> &str {
+        &self.torch
+    }
+
+    /// Device the program runs on.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// The program's inputs in call order.
+    pub fn inputs(&self) -> &[Input] {
+        &self.inputs
+    }
+
+    /// Names without a slot: never read, and compiled into the code.
+    pub(super) fn absent(&self) -> (Vec<String>, Vec<Unrefittable>) {
+        (self.unused.clone(), self.unrefittable.clone())
+    }
+
+    pub(crate) fn slots_mut(&mut self) -> &mut [ManifestSlot] {
+        &mut self.slots
+    }
+
+    pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|error| Error::new(ErrorKind::Usage, format!("manifest: {error}")))
+    }
+}
+
+impl ManifestSlot {
+    fn new(slot: &Slot, hash: String) -> Self {
+        Self {
+            name: slot.name.clone(),
+            aliases: slot.aliases.clone(),
+            constant: slot.constant.clone(),
+            kind: slot.kind,
+            persistent: slot.persistent,
+            mutated: slot.mutated,
+            dtype: slot.dtype.name().to_owned(),
+            shape: slot.shape.clone(),
+            strides: slot.strides.clone(),
+            byte_offset: slot.byte_offset,
+            nbytes: slot.nbytes,
+            hash,
+        }
+    }
+}
+
+/// Writes a copy of a freshly compiled package with a manifest in it. Reads all weight bytes for their hashes and
+/// copies the package once.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] if the package has a manifest already or two tensors claim one name; otherwise as
+/// [`Artifact::open`] and [`ErrorKind::Io`].
+pub fn seal(package: &Path, origins: &Origins, out: &Path) -> Result<Artifact> {
+    let artifact = Artifact::open(package, Access::Read, &Limits::default())?;
+    if artifact.has_manifest() {
+        return Err(Error::new(ErrorKind::Usage, "the package has a manifest already").in_file(package));
+    }
+    let manifest = build(&artifact, origins).map_err(|error| error.in_file(package))?;
+    let record = (record_name(artifact.records()), manifest.to_json()?);
+    let file = AtomicFile::create(out)?;
+    let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file.as_file());
+    append_records(artifact.archive(), &[record], &mut buffered).map_err(|error| error.in_file(out))?;
+    buffered.flush().map_err(|error| Error::io("write", error).in_file(out))?;
+    drop(buffered);
+    file.commit()?;
+    Artifact::open(out, Access::Read, &Limits::default())
+}
+
+fn build(artifact: &Artifact, origins: &Origins) -> Result<Manifest> {
+    let mut by_name: IndexMap<&str, usize> = IndexMap::new();
+    for (number, origin) in origins.tensors.iter().enumerate() {
+        for name in &origin.names {
+            if by_name.insert(name, number).is_some() {
+                return Err(Error::new(ErrorKind::Usage, "two tensors of the module have this name").of_key(name));
+            }
+        }
+    }
+    let mut placed = vec![false; origins.tensors.len()];
+    let mut slots = Vec::with_capacity(artifact.slots().len());
+    for slot in artifact.slots() {
+        let mut slot = slot.clone();
+        if let Some(number) = by_name.get(slot.name.as_str()) {
+            let origin = &origins.tensors[*number];
+            if std::mem::replace(&mut placed[*number], true) {
+                return Err(Error::format("two rows hold one tensor").of_key(&slot.name));
+            }
+            let mut names = origin.names.iter().cloned();
+            slot.name = names.next().unwrap_or(slot.name);
+            slot.aliases = names.collect();
+            (slot.persistent, slot.mutated) = (origin.persistent, origin.mutated);
+        }
+        let bytes = artifact.read_slot(&slot)?;
+        slots.push(ManifestSlot::new(&slot, hash(&bytes)));
+    }
+    let absent = origins.tensors.iter().zip(&placed).filter(|(_, placed)| !**placed).map(|(origin, _)| origin);
+    let (used, unused): (Vec<_>, Vec<_>) = absent.partition(|origin| origin.used);
+    let baked = "the compiler put its value into the code";
+    Ok(Manifest {
+        format: "reweft-manifest".to_owned(),
+        version: VERSION,
+        torch: origins.torch.clone(),
+        device: origins.device.clone(),
+        inputs: origins.inputs.clone(),
+        weights: artifact.records().weights.clone(),
+        slots,
+        unused: unused.into_iter().flat_map(|origin| origin.names.clone()).collect(),
+        unrefittable: used
+            .into_iter()
+            .flat_map(|origin| &origin.names)
+            .map(|name| Unrefittable { name: name.clone(), reason: baked.to_owned() })
+            .collect(),
+    })
+}

@@ -1,0 +1,356 @@
+//! Checkpoints: files that hold a state_dict, whatever their format, as keys and tensors.
+//!
+//! Opening reads metadata only. The readers (one file per format) yield storages and a flat list of items; what lies
+//! between, from a [`TensorInfo`] to bytes, is here and the same for all.
+
+mod flatten;
+mod rebuild;
+mod safetensors;
+mod storage;
+mod torch_zip;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use indexmap::IndexMap;
+
+use crate::container::zip::Archive;
+use crate::convert;
+use crate::error::{Error, ErrorKind, Result};
+use crate::keymap::KeyMap;
+use crate::limits::Limits;
+use crate::source::{self, Access, ReadAt, Source};
+use crate::tensor::{TensorInfo, contiguous, same_layout};
+pub use flatten::Value;
+pub use storage::Storage;
+
+/// How a checkpoint is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Positional reads, or a mapping.
+    pub access: Access,
+    /// Dotted path of the container that holds the state_dict; its path is not part of the keys.
+    pub top_level_key: Option<String>,
+    /// What reading may cost.
+    pub limits: Limits,
+}
+
+/// The file format a checkpoint was read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Format {
+    /// The zip archive that `torch.save` writes since 1.6.
+    TorchZip,
+    /// safetensors.
+    Safetensors,
+    /// Tensors that the caller holds in memory.
+    Memory,
+}
+
+impl Format {
+    /// The name reports print.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TorchZip => "torch zip",
+            Self::Safetensors => "safetensors",
+            Self::Memory => "memory",
+        }
+    }
+}
+
+/// What a key leads to.
+#[derive(Clone, Debug)]
+enum Item {
+    Tensor(TensorInfo),
+    /// A tensor that cannot be read, and why; using it is an error, listing it is not.
+    Unreadable(String),
+}
+
+/// The tensors of a checkpoint under their keys, in file order.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    format: Format,
+    items: IndexMap<String, Item>,
+    storages: Arc<Vec<Storage>>,
+    contents: Arc<Contents>,
+    max_repeated_nbytes: u64,
+}
+
+/// What a file holds beside its tensors.
+#[derive(Clone, Debug, Default)]
+struct Contents {
+    values: Vec<Value>,
+    unknown_globals: Vec<String>,
+    metadata: IndexMap<String, String>,
+    notices: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Opens a file. Detects the format by content and reads metadata only.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`], [`ErrorKind::Format`] for a damaged file, [`ErrorKind::Unsupported`] for a format that is not
+    /// read, [`ErrorKind::NotFound`] for an absent top-level key, [`ErrorKind::KeyCollision`] for two tensors that
+    /// flatten to one key, [`ErrorKind::Limit`].
+    ///
+    /// # Examples
+    /// ```no_run
+    /// let checkpoint = reweft::Checkpoint::open("model.pt".as_ref(), &reweft::OpenOptions::default())?;
+    /// for (key, info) in checkpoint.tensors() {
+    ///     println!("{key} {} {:?}", info.dtype, info.shape);
+    /// }
+    /// # Ok::<(), reweft::Error>(())
+    /// ```
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let source = source::open(path, options.access)?;
+        Self::from_source(path, source, options)
+    }
+
+    /// Reads a checkpoint from any source; `name` stands in for the path in messages.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
+        Self::read_source(name, source, options).map_err(|error| error.in_file(name))
+    }
+
+    fn read_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
+        let read = if Archive::detect(&*source) {
+            torch_zip::read(source, options)?
+        } else if safetensors::detect(&*source) {
+            safetensors::read(&source, options)?
+        } else {
+            return Err(not_a_checkpoint(&*source));
+        };
+        let Read { format, items, storages, contents } = read;
+        let max_repeated_nbytes = options.limits.max_repeated_nbytes;
+        let (storages, contents) = (Arc::new(storages), Arc::new(contents));
+        Ok(Self { path: name.to_owned(), format, items, storages, contents, max_repeated_nbytes })
+    }
+
+    /// Makes a checkpoint of tensors in memory, so that they pass the same checks as a file's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::KeyCollision`] for a key that is given twice, [`ErrorKind::Format`] for a tensor whose window is
+    /// larger than its storage, [`ErrorKind::Usage`] for a storage number that does not exist.
+    pub fn from_memory(
+        name: &Path,
+        storages: Vec<Source>,
+        tensors: impl IntoIterator<Item = (String, TensorInfo)>,
+    ) -> Result<Self> {
+        let storages: Vec<Storage> = storages.into_iter().enumerate().map(Storage::from_memory).collect();
+        let mut items = IndexMap::new();
+        for (key, info) in tensors {
+            let Some(storage) = storages.get(info.storage) else {
+                return Err(Error::new(ErrorKind::Usage, format!("no storage {}", info.storage)).of_key(key));
+            };
+            info.window(storage.nbytes).map_err(|error| error.of_key(&key))?;
+            if items.insert(key.clone(), Item::Tensor(info)).is_some() {
+                return Err(Error::new(ErrorKind::KeyCollision, "key is given twice").of_key(key));
+            }
+        }
+        Ok(Self {
+            path: name.to_owned(),
+            format: Format::Memory,
+            items,
+            storages: Arc::new(storages),
+            contents: Arc::default(),
+            max_repeated_nbytes: Limits::default().max_repeated_nbytes,
+        })
+    }
+
+    /// Selects and renames keys; the bytes stay where they are. Costs nothing but the keys.
+    ///
+    /// # Errors
+    /// [`ErrorKind::KeyCollision`] if two keys get one name, [`ErrorKind::NotFound`] if a pattern matched no key.
+    pub fn rekey(&self, keys: &KeyMap) -> Result<Self> {
+        let mapped = keys.apply(self.items.keys().map(String::as_str)).map_err(|error| error.in_file(&self.path))?;
+        let names = mapped.names.into_iter();
+        let items = names.filter_map(|(key, name)| Some((name, self.items.get(&key)?.clone()))).collect();
+        let mut contents = (*self.contents).clone();
+        contents.notices.extend(mapped.idle_rules.iter().map(|rule| format!("rule {rule:?} matched no key")));
+        Ok(Self { items, contents: Arc::new(contents), ..self.clone() })
+    }
+
+    /// The file, or the name given for what is in memory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The format the file was detected as.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// All keys, also of tensors that cannot be read, in file order.
+    pub fn keys(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.items.keys().map(String::as_str)
+    }
+
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Whether there are no keys.
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// The readable tensors in file order; [`unreadable`](Self::unreadable) lists the others.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.items.iter().filter_map(|(key, item)| match item {
+            Item::Tensor(info) => Some((key.as_str(), info)),
+            Item::Unreadable(_) => None,
+        })
+    }
+
+    /// Keys of tensors that this version cannot read, with the reason.
+    pub fn unreadable(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.items.iter().filter_map(|(key, item)| match item {
+            Item::Tensor(_) => None,
+            Item::Unreadable(why) => Some((key.as_str(), why.as_str())),
+        })
+    }
+
+    /// Fails if any key leads to a tensor that cannot be read; writers call it, so that nothing is dropped.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with key and reason.
+    pub fn check_readable(&self) -> Result<()> {
+        match self.unreadable().next() {
+            None => Ok(()),
+            Some((key, _)) => self.get(key).map(|_| ()),
+        }
+    }
+
+    /// Looks a tensor up. Reads nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] with the nearest key, [`ErrorKind::Unsupported`] for one that cannot be read.
+    pub fn get(&self, key: &str) -> Result<&TensorInfo> {
+        let error = match self.items.get(key) {
+            Some(Item::Tensor(info)) => return Ok(info),
+            Some(Item::Unreadable(why)) => Error::new(ErrorKind::Unsupported, why.clone()),
+            None => {
+                let hint = crate::keymap::suggest(key, self.keys());
+                Error::new(ErrorKind::NotFound, "the checkpoint has no such key").with_hint(hint)
+            }
+        };
+        Err(error.of_key(key).in_file(&self.path))
+    }
+
+    /// Whether the key exists, readable or not.
+    pub fn contains(&self, key: &str) -> bool {
+        self.items.contains_key(key)
+    }
+
+    /// The storages that tensors point into by number; a key map does not renumber them.
+    pub fn storages(&self) -> &[Storage] {
+        &self.storages
+    }
+
+    /// What the file holds beside tensors: epoch, optimizer settings, and so on.
+    pub fn values(&self) -> &[Value] {
+        &self.contents.values
+    }
+
+    /// Classes and functions that the file names and reweft does not know; they were kept as inert data.
+    pub fn unknown_globals(&self) -> &[String] {
+        &self.contents.unknown_globals
+    }
+
+    /// `__metadata__` of a safetensors file.
+    pub fn metadata(&self) -> &IndexMap<String, String> {
+        &self.contents.metadata
+    }
+
+    /// What a careful reader should know: a missing CRC, for one.
+    pub fn notices(&self) -> &[String] {
+        &self.contents.notices
+    }
+
+    /// Reads a tensor in row-major order. Reads its bytes once, plus the rest of its record on first use to check the
+    /// CRC; one allocation of the result's size.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get); [`ErrorKind::Io`]; [`ErrorKind::Format`] for a wrong CRC or a truncated file;
+    /// [`ErrorKind::Limit`] for a tensor that repeats a small storage very often.
+    pub fn read(&self, key: &str) -> Result<Vec<u8>> {
+        let info = self.get(key)?;
+        self.read_layout(key, info, &contiguous(&info.shape))
+    }
+
+    /// Reads a tensor in a dense layout of the caller's choice, strides in elements.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_strided(&self, key: &str, strides: &[u64]) -> Result<Vec<u8>> {
+        self.read_layout(key, self.get(key)?, strides)
+    }
+
+    fn read_layout(&self, key: &str, info: &TensorInfo, strides: &[u64]) -> Result<Vec<u8>> {
+        self.gather(info, strides).map_err(|error| error.of_key(key).in_file(&self.path))
+    }
+
+    fn gather(&self, info: &TensorInfo, strides: &[u64]) -> Result<Vec<u8>> {
+        let storage = self.storage_of(info);
+        let (byte_offset, nbytes) = info.window(storage.nbytes)?;
+        if same_layout(&info.shape, &info.strides, strides) {
+            return storage.read(byte_offset, nbytes);
+        }
+        if info.nbytes() > self.max_repeated_nbytes.max(storage.nbytes) {
+            let limit = self.max_repeated_nbytes;
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("tensor repeats {} bytes to {}; max_repeated_nbytes is {limit}", storage.nbytes, info.nbytes()),
+            ));
+        }
+        let itemsize = source::to_usize(info.dtype.itemsize().unwrap_or(0))?;
+        let mut target = vec![0; source::to_usize(info.nbytes())?];
+        let window = storage.read(byte_offset, nbytes)?;
+        convert::relayout(itemsize, &info.shape, &window, &info.strides, &mut target, strides)?;
+        Ok(target)
+    }
+
+    /// The storage of one of this checkpoint's tensors.
+    pub fn storage_of(&self, info: &TensorInfo) -> &Storage {
+        &self.storages[info.storage]
+    }
+}
+
+/// What a reader hands over.
+struct Read {
+    format: Format,
+    items: IndexMap<String, Item>,
+    storages: Vec<Storage>,
+    contents: Contents,
+}
+
+/// Says what a file is that is no checkpoint, as far as its first bytes tell.
+fn not_a_checkpoint(source: &dyn ReadAt) -> Error {
+    let nbytes = source.len().min(64);
+    let head = source::read_vec(source, 0, nbytes).unwrap_or_default();
+    let known: &[(&[u8], &str)] = &[
+        (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`"),
+        (b"<", "an HTML or XML page; the download was probably refused"),
+        (b"\x1f\x8b", "gzip; unpack it first"),
+        (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+        (b"GGUF", "GGUF, which is not read"),
+        (
+            b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e",
+            "a torch file of before 1.6 (legacy stream), which is not read yet",
+        ),
+        (b"\x80", "a bare pickle, which is not read yet"),
+        (b"\x7fELF", "a native library, not a checkpoint"),
+    ];
+    if nbytes == 0 {
+        return Error::format("the file is empty");
+    }
+    match known.iter().find(|(magic, _)| head.starts_with(magic)) {
+        Some((_, what)) => Error::new(ErrorKind::Unsupported, format!("this is {what}")),
+        None => Error::new(ErrorKind::Unsupported, "this is neither a zip .pt nor a safetensors file")
+            .with_hint("formats read: .pt as torch.save writes it since 1.6, safetensors"),
+    }
+}

@@ -1,0 +1,288 @@
+//! From the containers of a pickle to dotted keys, without recursion.
+//!
+//! Dicts and their kin, lists and tuples are walked; a value that is neither one of them nor a tensor is listed by
+//! path, so that nothing disappears without a word. A container that is saved under two keys is read under both.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use indexmap::IndexMap;
+use reweft_pickle::{NodeId, Pickle, Value as Node};
+use serde::Serialize;
+
+use super::rebuild::{Rebuild, is_tensor};
+use super::{Item, OpenOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::keymap::suggest;
+
+/// The key of a file that holds one tensor and no container.
+const BARE_TENSOR: &str = "tensor";
+
+/// Something in a checkpoint that is no tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Value {
+    /// Dotted path; empty if the file holds nothing else.
+    pub path: String,
+    /// What it is, cut short: `int 3`, `list of 2`.
+    pub what: String,
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.path, self.what)
+    }
+}
+
+/// Tensors by key, and all that is left.
+pub(super) struct Flat {
+    pub items: IndexMap<String, Item>,
+    pub values: Vec<Value>,
+}
+
+/// A container that is being walked.
+struct Frame {
+    id: NodeId,
+    children: std::vec::IntoIter<(String, NodeId)>,
+    /// Length of the path before this container.
+    path_nbytes: usize,
+}
+
+pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &OpenOptions) -> Result<Flat> {
+    let root = match &options.top_level_key {
+        Some(key) => descend(pickle, key)?,
+        None => pickle.root(),
+    };
+    let mut walk = Walk {
+        pickle,
+        options,
+        flat: Flat { items: IndexMap::new(), values: Vec::new() },
+        open: HashSet::new(),
+        holds_tensor: None,
+        path: String::new(),
+        leaves: 0,
+    };
+    let mut stack = Vec::new();
+    if let Some(frame) = walk.enter(rebuild, root, 0)? {
+        stack.push(frame);
+    }
+    while let Some(frame) = stack.last_mut() {
+        let before = walk.path.len();
+        let Some((name, id)) = frame.children.next() else {
+            walk.path.truncate(frame.path_nbytes);
+            walk.open.remove(&frame.id);
+            stack.pop();
+            continue;
+        };
+        if !walk.path.is_empty() {
+            walk.path.push('.');
+        }
+        walk.path.push_str(&name);
+        match walk.enter(rebuild, id, before)? {
+            Some(frame) => stack.push(frame),
+            None => walk.path.truncate(before),
+        }
+    }
+    if options.top_level_key.is_some() && walk.flat.items.is_empty() {
+        let what = format!("the top-level key leads to {}, which holds no tensor", pickle.describe(root));
+        return Err(Error::new(ErrorKind::NotFound, what).of_key(options.top_level_key.clone().unwrap_or_default()));
+    }
+    Ok(walk.flat)
+}
+
+struct Walk<'a> {
+    pickle: &'a Pickle<'a>,
+    options: &'a OpenOptions,
+    flat: Flat,
+    /// Containers that the path leads through.
+    open: HashSet<NodeId>,
+    /// Nodes from which a tensor can be reached, by index; made when an unknown object is met.
+    holds_tensor: Option<Vec<bool>>,
+    path: String,
+    leaves: usize,
+}
+
+impl Walk<'_> {
+    /// Takes a leaf in, or gives the frame of a container to walk.
+    fn enter(&mut self, rebuild: &mut Rebuild<'_>, id: NodeId, path_nbytes: usize) -> Result<Option<Frame>> {
+        self.leaves += 1;
+        let limits = &self.options.limits;
+        if self.leaves > limits.max_keys || self.path.len() > limits.max_key_nbytes {
+            let what = format!(
+                "more than {} keys or a key of more than {} bytes; max_keys and max_key_nbytes can be raised",
+                limits.max_keys, limits.max_key_nbytes
+            );
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        if let Some(item) = rebuild.item(id).map_err(|error| error.of_key(&self.path))? {
+            return self.keep(item).map(|()| None);
+        }
+        if is_plain_list(self.pickle, id) {
+            self.note(self.pickle.describe(id));
+            return Ok(None);
+        }
+        if let Some(children) = children(self.pickle, id).map_err(|error| error.of_key(&self.path))? {
+            if !self.open.insert(id) {
+                self.note("a reference to a container that encloses it".to_owned());
+                return Ok(None);
+            }
+            return Ok(Some(Frame { id, children: children.into_iter(), path_nbytes }));
+        }
+        let what = self.pickle.describe(id);
+        if self.reaches_tensor(id) {
+            return self
+                .keep(Item::Unreadable(format!("it is inside {what}, which reweft does not know")))
+                .map(|()| None);
+        }
+        self.note(what);
+        Ok(None)
+    }
+
+    fn keep(&mut self, item: Item) -> Result<()> {
+        let key = if self.path.is_empty() { BARE_TENSOR } else { &self.path };
+        match self.flat.items.insert(key.to_owned(), item) {
+            None => Ok(()),
+            Some(_) => Err(Error::new(ErrorKind::KeyCollision, "two tensors have this key").of_key(&self.path)),
+        }
+    }
+
+    fn note(&mut self, what: String) {
+        self.flat.values.push(Value { path: self.path.clone(), what });
+    }
+
+    fn reaches_tensor(&mut self, id: NodeId) -> bool {
+        let pickle = self.pickle;
+        if !matches!(pickle.get(id), Node::Object(_) | Node::Persistent(_) | Node::Set(_) | Node::FrozenSet(_)) {
+            return false;
+        }
+        self.holds_tensor.get_or_insert_with(|| holders(pickle)).get(id.index()).copied().unwrap_or(false)
+    }
+}
+
+/// Names and values inside a container; `None` if it is none.
+fn children(pickle: &Pickle<'_>, id: NodeId) -> Result<Option<Vec<(String, NodeId)>>> {
+    if let Some(items) = pickle.as_sequence(id) {
+        return Ok(Some(items.iter().enumerate().map(|(number, item)| (number.to_string(), *item)).collect()));
+    }
+    if !is_dict(pickle, id) {
+        return Ok(None);
+    }
+    let Some(pairs) = pickle.dict(id) else { return Ok(None) };
+    let mut named = Vec::with_capacity(pairs.len());
+    let mut seen = HashSet::with_capacity(pairs.len());
+    for (key, value) in pairs.iter() {
+        let name = match pickle.get(*key) {
+            Node::Int(number) => number.to_string(),
+            _ => match pickle.as_str(*key) {
+                Some(name) => name.to_owned(),
+                None if is_tensor(pickle, *value) || is_container(pickle, *value) => {
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format!(
+                            "a dict has {} for a key; reweft names tensors by text or number",
+                            pickle.describe(*key)
+                        ),
+                    ));
+                }
+                None => pickle.describe(*key),
+            },
+        };
+        if !seen.insert(name.clone()) {
+            return Err(Error::new(ErrorKind::KeyCollision, format!("a dict has the key {name:?} twice")));
+        }
+        named.push((name, *value));
+    }
+    Ok(Some(named))
+}
+
+/// A list or tuple of numbers and texts is one value to a reader, not a line for each.
+fn is_plain_list(pickle: &Pickle<'_>, id: NodeId) -> bool {
+    let is_plain = |id: &NodeId| {
+        matches!(
+            pickle.get(*id),
+            Node::None | Node::Bool(_) | Node::Int(_) | Node::Float(_) | Node::Str(_) | Node::BigInt(_)
+        )
+    };
+    pickle.as_sequence(id).is_some_and(|items| items.iter().all(is_plain))
+}
+
+fn is_container(pickle: &Pickle<'_>, id: NodeId) -> bool {
+    pickle.as_sequence(id).is_some() || is_dict(pickle, id)
+}
+
+/// Dicts and the classes that are nothing but a dict; an object that merely was filled like one is not known.
+fn is_dict(pickle: &Pickle<'_>, id: NodeId) -> bool {
+    matches!(pickle.get(id), Node::Dict(_))
+        || pickle.as_call(id).is_some_and(|((module, name), _)| {
+            module == "collections" && matches!(name, "OrderedDict" | "Counter" | "defaultdict")
+                || module == "builtins" && name == "dict"
+        })
+}
+
+/// Follows a dotted path; where a key itself has dots, the longest one that fits is taken.
+fn descend(pickle: &Pickle<'_>, path: &str) -> Result<NodeId> {
+    let mut id = pickle.root();
+    let mut rest = path;
+    loop {
+        let names = children(pickle, id)?.unwrap_or_default();
+        let fits = |name: &str| rest.strip_prefix(name).filter(|rest| rest.is_empty() || rest.starts_with('.'));
+        let best = names.iter().filter(|(name, _)| fits(name).is_some()).max_by_key(|(name, _)| name.len());
+        let Some((name, child)) = best else {
+            let listed: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).take(20).collect();
+            let hint = suggest(rest, names.iter().map(|(name, _)| name.as_str()));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("no such top-level key; there are: {}", listed.join(", ")),
+            )
+            .of_key(path)
+            .with_hint(hint));
+        };
+        id = *child;
+        rest = rest[name.len()..].strip_prefix('.').unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(id);
+        }
+    }
+}
+
+/// For every node, whether a tensor can be reached from it: one pass over all links, backwards from the tensors.
+fn holders(pickle: &Pickle<'_>) -> Vec<bool> {
+    let mut users: Vec<Vec<usize>> = Vec::new();
+    let mut holds = Vec::new();
+    let mut queue = Vec::new();
+    for (id, node) in pickle.nodes() {
+        let index = id.index();
+        holds.resize(holds.len().max(index + 1), false);
+        for link in links(pickle, node) {
+            users.resize_with(users.len().max(link.index() + 1), Vec::new);
+            users[link.index()].push(index);
+        }
+        if is_tensor(pickle, id) {
+            queue.push(index);
+        }
+    }
+    while let Some(index) = queue.pop() {
+        if !std::mem::replace(&mut holds[index], true)
+            && let Some(users) = users.get(index)
+        {
+            queue.extend(users);
+        }
+    }
+    holds
+}
+
+/// Every value that a value mentions.
+fn links(pickle: &Pickle<'_>, node: &Node<'_>) -> Vec<NodeId> {
+    match node {
+        Node::Tuple(items) | Node::FrozenSet(items) => pickle.children(*items).to_vec(),
+        Node::List(items) | Node::Set(items) => items.clone(),
+        Node::Dict(pairs) => pairs.iter().flat_map(|(key, value)| [*key, *value]).collect(),
+        Node::Persistent(id) => vec![*id],
+        Node::Object(object) => {
+            let pairs = object.dict_items().iter().flat_map(|(key, value)| [*key, *value]);
+            let one = [object.callable, object.args].into_iter().chain(object.kwargs);
+            let many = object.state().iter().chain(object.list_items()).chain(object.set_items()).copied();
+            one.chain(many).chain(pairs).collect()
+        }
+        _ => Vec::new(),
+    }
+}

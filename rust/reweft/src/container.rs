@@ -1,0 +1,3 @@
+//! Archives that hold checkpoints and artifacts. Byte offsets are first-class: a record is a range of the file.
+
+pub mod zip;

@@ -1,0 +1,31 @@
+//! What reading may cost, whoever wrote the file. Every limit is named in the error it causes and can be raised.
+
+/// Limits for opening checkpoints and artifacts.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Limits of the pickle reader.
+    pub pickle: reweft_pickle::Limits,
+    /// Keys that one checkpoint may flatten to; containers saved under many keys multiply.
+    pub max_keys: usize,
+    /// Longest flattened key in bytes, so that deep nesting stays linear.
+    pub max_key_nbytes: usize,
+    /// Bytes of one pickle or metadata record, which are read into memory.
+    pub max_metadata_nbytes: u64,
+    /// Bytes that a tensor which repeats its storage (stride 0) may take when it is written out.
+    pub max_repeated_nbytes: u64,
+    /// Bytes of a safetensors header; the format's own limit.
+    pub max_header_nbytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            pickle: reweft_pickle::Limits::default(),
+            max_keys: 10_000_000,
+            max_key_nbytes: 4096,
+            max_metadata_nbytes: 1 << 30,
+            max_repeated_nbytes: 1 << 30,
+            max_header_nbytes: 100_000_000,
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Plans: which slot takes which key, by what recipe, and everything that speaks against it.
+//!
+//! A plan is data. It is made from metadata, prints, serialises to JSON, and is carried out by [`crate::write`] or by a
+//! runtime. The only bytes that planning reads are those of tied keys that a checkpoint stores twice.
+
+mod finding;
+mod recipe;
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::artifact::{Artifact, Slot};
+use crate::checkpoint::Checkpoint;
+use crate::convert;
+use crate::error::{Error, ErrorKind, Result};
+use crate::keymap::suggest;
+use crate::tensor::TensorInfo;
+pub use finding::{Finding, FindingKind};
+pub use recipe::{Recipe, Step};
+
+/// What a caller accepts that is an error otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allow {
+    /// Convert between float dtypes, rounding to nearest even.
+    pub cast: bool,
+    /// Leave a slot as it is when the checkpoint has none of its names.
+    pub missing: bool,
+    /// Leave a key out when no slot has its name.
+    pub unused: bool,
+}
+
+/// One slot and how its bytes are made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refill {
+    /// Number of the slot in the artifact.
+    pub slot: usize,
+    /// Name of the slot.
+    pub name: String,
+    /// Steps from keys to the slot's bytes.
+    pub recipe: Recipe,
+    /// Bytes the slot takes.
+    pub nbytes: u64,
+}
+
+/// The checked list of replacements.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// The artifact.
+    pub artifact: PathBuf,
+    /// The checkpoint.
+    pub checkpoint: PathBuf,
+    /// Slots that get new bytes, in the order of their bytes.
+    pub refills: Vec<Refill>,
+    /// Names of slots that stay as they are.
+    pub kept: Vec<String>,
+    /// What was found; blocking ones stop a refit.
+    pub findings: Vec<Finding>,
+}
+
+/// Plans the refit of `artifact` from `checkpoint`.
+///
+/// Reads metadata, and the bytes of tied keys that the checkpoint stores more than once.
+///
+/// # Errors
+/// Only read errors, [`ErrorKind::Format`] among them. What does not fit is a finding in the plan.
+pub fn plan(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow) -> Result<Plan> {
+    let mut planner = Planner::new(artifact, checkpoint, allow);
+    let (mut refills, mut kept) = (Vec::new(), Vec::new());
+    for (number, slot) in artifact.slots().iter().enumerate() {
+        match planner.refill(number, slot)? {
+            Some(refill) => refills.push(refill),
+            None => kept.push(slot.name.clone()),
+        }
+    }
+    planner.check_leftover_keys();
+    planner.check_weights_record();
+    Ok(Plan {
+        artifact: artifact.path().to_owned(),
+        checkpoint: checkpoint.path().to_owned(),
+        refills,
+        kept,
+        findings: planner.findings,
+    })
+}
+
+impl Plan {
+    /// The findings that stop a refit.
+    pub fn blocking(&self) -> impl Iterator<Item = &Finding> {
+        self.findings.iter().filter(|finding| finding.blocking)
+    }
+
+    /// Bytes that a refit puts into slots.
+    pub fn nbytes(&self) -> u64 {
+        self.refills.iter().map(|refill| refill.nbytes).sum()
+    }
+
+    /// Refuses a plan with blocking findings; every carrier of a plan calls this first.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mismatch`] that lists the findings; its key and hint are the first one's.
+    pub fn check(&self) -> Result<()> {
+        /// More lines than this hide the first ones.
+        const MAX_LINES: usize = 20;
+        let Some(first) = self.blocking().next() else { return Ok(()) };
+        let count = self.blocking().count();
+        let mut lines = vec![format!("{} does not fit; nothing was changed", self.checkpoint.display())];
+        lines.extend(self.blocking().take(MAX_LINES).map(Finding::to_string));
+        if count > MAX_LINES {
+            lines.push(format!("and {} more", count - MAX_LINES));
+        }
+        let what = lines.join("\n  ");
+        let error = Error::new(ErrorKind::Mismatch, what).in_file(&self.artifact);
+        Err(match &first.hint {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        })
+    }
+
+    /// The plan as JSON.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a path that is not UTF-8.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self).map_err(|error| Error::new(ErrorKind::Usage, error.to_string()))
+    }
+}
+
+/// Gathers findings while slots and keys are matched.
+struct Planner<'a> {
+    artifact: &'a Artifact,
+    checkpoint: &'a Checkpoint,
+    allow: Allow,
+    used: HashSet<&'a str>,
+    slot_names: HashSet<&'a str>,
+    /// Names that need no slot, and names that have none but should.
+    not_read: HashSet<&'a str>,
+    baked: HashMap<&'a str, &'a str>,
+    /// Suggestions that may still be made: each looks at every name, and a plan full of findings has another cause
+    /// than a typing error.
+    suggestions: std::ops::Range<u32>,
+    findings: Vec<Finding>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(artifact: &'a Artifact, checkpoint: &'a Checkpoint, allow: Allow) -> Self {
+        let baked = artifact.unrefittable().iter().map(|absent| (absent.name.as_str(), absent.reason.as_str()));
+        Self {
+            artifact,
+            checkpoint,
+            allow,
+            used: HashSet::new(),
+            slot_names: artifact.slots().iter().flat_map(Slot::names).collect(),
+            not_read: artifact.unused().iter().map(String::as_str).collect(),
+            baked: baked.collect(),
+            suggestions: 0..20,
+            findings: Vec::new(),
+        }
+    }
+
+    fn refill(&mut self, number: usize, slot: &'a Slot) -> Result<Option<Refill>> {
+        let keys: Vec<&str> = slot.names().filter(|name| self.checkpoint.contains(name)).collect();
+        self.used.extend(&keys);
+        let Some(key) = keys.first() else {
+            let finding = self.missing(slot);
+            self.findings.push(finding);
+            return Ok(None);
+        };
+        let info = match self.checkpoint.get(key) {
+            Ok(info) => info,
+            Err(error) => {
+                self.findings.push(Finding::new(FindingKind::Unreadable, error.message()).slot(slot).key(key));
+                return Ok(None);
+            }
+        };
+        if let Some(finding) = self.misfit(slot, key, info) {
+            self.findings.push(finding);
+            return Ok(None);
+        }
+        self.compare_tied(slot, &keys)?;
+        let recipe = Recipe::of_key(key, info, slot.dtype, &slot.strides);
+        Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
+    }
+
+    fn missing(&mut self, slot: &Slot) -> Finding {
+        let names: Vec<&str> = slot.names().collect();
+        let what = format!("the checkpoint has none of the slot's names: {}", names.join(", "));
+        let finding = Finding::new(FindingKind::Missing, what).slot(slot).wanted(slot);
+        if !slot.persistent {
+            return finding.allowed("it is no part of a state_dict, so it keeps its value");
+        }
+        if self.allow.missing {
+            return finding.allowed("it keeps its value, as asked");
+        }
+        let free = self.checkpoint.keys().filter(|key| !self.slot_names.contains(key));
+        let hint = self.suggestions.next().map(|_| suggest(&slot.name, free));
+        Finding { hint, ..finding }
+    }
+
+    /// What makes key and slot different things, if anything.
+    fn misfit(&self, slot: &Slot, key: &str, info: &TensorInfo) -> Option<Finding> {
+        if let Some(why) = slot.obstacle() {
+            return Some(Finding::new(FindingKind::Unrefittable, why).slot(slot).key(key));
+        }
+        if info.shape != slot.shape {
+            let finding = Finding::new(FindingKind::Shape, "shapes differ").slot(slot).key(key);
+            return Some(finding.found(info).wanted(slot));
+        }
+        if info.dtype == slot.dtype {
+            return None;
+        }
+        let finding = Finding::new(FindingKind::Dtype, "dtypes differ").slot(slot).key(key).found(info).wanted(slot);
+        Some(if !convert::can_cast(info.dtype, slot.dtype) {
+            finding.hint("there is no conversion between these two; convert the checkpoint")
+        } else if self.allow.cast {
+            return None;
+        } else {
+            finding.hint("--allow-cast (allow_cast=True) converts, rounding to nearest even")
+        })
+    }
+
+    /// A slot has one value, so all its names must have the same one.
+    fn compare_tied(&mut self, slot: &Slot, keys: &[&str]) -> Result<()> {
+        let Some((first, others)) = keys.split_first() else { return Ok(()) };
+        let Ok(one) = self.checkpoint.get(first) else { return Ok(()) };
+        for key in others {
+            let differs = match self.checkpoint.get(key) {
+                Ok(info) if info == one => false,
+                Ok(info) if (&info.shape, info.dtype) != (&one.shape, one.dtype) => true,
+                Ok(_) => self.checkpoint.read(first)? != self.checkpoint.read(key)?,
+                Err(_) => true,
+            };
+            if differs {
+                let what = format!("{first:?} and {key:?} share this slot, but differ in the checkpoint");
+                let hint =
+                    "they were tied when the model was compiled; compile again with them untied, or drop one key";
+                self.findings.push(Finding::new(FindingKind::Tied, what).slot(slot).key(key).hint(hint));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every key must have a slot, or a reason why it needs none.
+    fn check_leftover_keys(&mut self) {
+        let (artifact, checkpoint) = (self.artifact, self.checkpoint);
+        let leftover: Vec<&str> = checkpoint.keys().filter(|key| !self.used.contains(key)).collect();
+        for key in leftover {
+            let finding = if self.not_read.contains(key) {
+                Finding::new(FindingKind::NotRead, "the program does not read it").key(key).allowed("left out")
+            } else if let Some(reason) = self.baked.get(key) {
+                Finding::new(FindingKind::Baked, *reason).key(key).hint(KEEP_CONSTANTS)
+            } else if !artifact.has_manifest() && self.may_be_literal(key) {
+                let what = "no slot has this name; tensors this small are compiled into the code by default";
+                Finding::new(FindingKind::Baked, what).key(key).hint(KEEP_CONSTANTS)
+            } else {
+                self.unused(key)
+            };
+            self.findings.push(finding);
+        }
+    }
+
+    /// AOTInductor writes tensors of no dimension, or of one with up to 8 elements, into the code unless told not to.
+    fn may_be_literal(&self, key: &str) -> bool {
+        self.checkpoint.get(key).is_ok_and(|info| info.shape.len() <= 1 && info.numel() <= 8)
+    }
+
+    fn unused(&mut self, key: &str) -> Finding {
+        let finding = Finding::new(FindingKind::Unused, "no slot has this name").key(key);
+        if self.allow.unused {
+            return finding.allowed("left out, as asked");
+        }
+        let free = self.slot_names.difference(&self.used).copied();
+        let hint = self.suggestions.next().map(|_| suggest(key, free));
+        Finding { hint, ..finding }
+    }
+
+    /// Weights that cannot be replaced where they are block the plan, not the inspection.
+    fn check_weights_record(&mut self) {
+        if let Err(error) = self.artifact.weights_record()
+            && !self.artifact.slots().is_empty()
+        {
+            let finding = Finding::new(FindingKind::Unrefittable, error.message());
+            self.findings.push(match error.hint() {
+                Some(hint) => finding.hint(hint),
+                None => finding,
+            });
+        }
+    }
+}
+
+const KEEP_CONSTANTS: &str = "compile with reweft.torch.trace, or with always_keep_tensor_constants=True and \
+    joint_graph_constant_folding=False, so that it stays a slot";

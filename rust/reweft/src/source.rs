@@ -1,0 +1,255 @@
+//! Where bytes come from: memory, positional file reads, or a mapping the caller opted in to.
+
+mod mmap;
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+pub use mmap::Mmap;
+
+/// Random access to a fixed number of bytes.
+///
+/// A source that shrinks after it was opened gives an error on the next read, except [`Mmap`]: see there.
+pub trait ReadAt: Send + Sync + fmt::Debug {
+    /// Length in bytes, fixed when the source was opened.
+    fn len(&self) -> u64;
+
+    /// Whether there are no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `out` with the bytes that start at `byte_offset`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) if the range ends behind the source,
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) if the system refuses.
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> Result<()>;
+
+    /// All bytes, where they are in memory already; `None` means that they must be read.
+    fn as_slice(&self) -> Option<&[u8]> {
+        None
+    }
+
+    /// The file behind the source, for writers that let the kernel move bytes.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// A source that many tensors share.
+pub type Source = Arc<dyn ReadAt>;
+
+/// How [`open`] gives access to a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
+    /// Positional reads: a file that shrinks meanwhile is an error, never a signal.
+    #[default]
+    Read,
+    /// A private mapping: no copy, but a file that shrinks meanwhile ends the process with SIGBUS.
+    Map,
+}
+
+/// Opens a regular file. Reads no bytes.
+///
+/// # Errors
+/// [`ErrorKind::Io`](crate::ErrorKind::Io) if the file cannot be opened or is not a regular file.
+pub fn open(path: &Path, access: Access) -> Result<Source> {
+    let file = File::open(path).map_err(|error| Error::io("open", error).in_file(path))?;
+    let metadata = file.metadata().map_err(|error| Error::io("stat", error).in_file(path))?;
+    if !metadata.is_file() {
+        let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        return Err(Error::io("open: not a regular file", error).in_file(path));
+    }
+    match access {
+        Access::Map if metadata.len() > 0 => Ok(Arc::new(Mmap::new(path, file, metadata.len())?)),
+        _ => Ok(Arc::new(FileSource { path: path.to_owned(), file, len: metadata.len() })),
+    }
+}
+
+/// Checks that `[byte_offset, byte_offset + nbytes)` lies within `len` bytes and gives its end.
+///
+/// # Errors
+/// [`ErrorKind::Format`](crate::ErrorKind::Format), with the number of bytes that are missing.
+pub fn check_range(len: u64, byte_offset: u64, nbytes: u64) -> Result<u64> {
+    match byte_offset.checked_add(nbytes) {
+        Some(end) if end <= len => Ok(end),
+        Some(end) => Err(Error::format(format!(
+            "ends {} bytes too early: {nbytes} bytes wanted, {} there",
+            end - len,
+            len.saturating_sub(byte_offset)
+        ))
+        .at(byte_offset)
+        .with_hint("the file is truncated; copy or download it again")),
+        None => Err(Error::format(format!("{nbytes} bytes wanted behind the end of the file")).at(byte_offset)),
+    }
+}
+
+/// A file that is read at positions; nothing is cached.
+#[derive(Debug)]
+struct FileSource {
+    path: PathBuf,
+    file: File,
+    len: u64,
+}
+
+impl ReadAt for FileSource {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+        check_range(self.len, byte_offset, out.len() as u64).map_err(|error| error.in_file(&self.path))?;
+        self.file.read_exact_at(out, byte_offset).map_err(|error| {
+            let shrunk = error.kind() == std::io::ErrorKind::UnexpectedEof;
+            let error = Error::io("read", error).at(byte_offset).in_file(&self.path);
+            if shrunk { error.with_hint("the file became shorter while it was read") } else { error }
+        })
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+}
+
+impl ReadAt for Vec<u8> {
+    fn len(&self) -> u64 {
+        Self::len(self) as u64
+    }
+
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+        copy_from(self, byte_offset, out)
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        Some(self)
+    }
+}
+
+/// A range of another source, as a source of its own.
+#[derive(Debug)]
+pub struct Window {
+    source: Source,
+    byte_offset: u64,
+    nbytes: u64,
+}
+
+impl Window {
+    /// Takes `nbytes` bytes from `byte_offset` on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) if they end behind the source.
+    pub fn new(source: Source, byte_offset: u64, nbytes: u64) -> Result<Self> {
+        check_range(source.len(), byte_offset, nbytes)?;
+        Ok(Self { source, byte_offset, nbytes })
+    }
+}
+
+impl ReadAt for Window {
+    fn len(&self) -> u64 {
+        self.nbytes
+    }
+
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+        check_range(self.nbytes, byte_offset, out.len() as u64)?;
+        self.source.read_exact_at(self.byte_offset + byte_offset, out)
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        slice(self.source.as_slice()?, self.byte_offset, self.nbytes).ok()
+    }
+}
+
+/// Copies a checked range of `bytes`; serves every source that is in memory.
+fn copy_from(bytes: &[u8], byte_offset: u64, out: &mut [u8]) -> Result<()> {
+    out.copy_from_slice(slice(bytes, byte_offset, out.len() as u64)?);
+    Ok(())
+}
+
+/// A checked range of `bytes`.
+///
+/// # Errors
+/// [`ErrorKind::Format`](crate::ErrorKind::Format) if the range ends behind `bytes`.
+pub fn slice(bytes: &[u8], byte_offset: u64, nbytes: u64) -> Result<&[u8]> {
+    let end = check_range(bytes.len() as u64, byte_offset, nbytes)?;
+    let range = usize::try_from(byte_offset).ok().zip(usize::try_from(end).ok());
+    range
+        .and_then(|(start, end)| bytes.get(start..end))
+        .ok_or_else(|| Error::format("range does not fit the address space").at(byte_offset))
+}
+
+/// Reads a range into a new buffer; the range is checked before anything is allocated.
+///
+/// # Errors
+/// As [`ReadAt::read_exact_at`].
+pub fn read_vec(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<Vec<u8>> {
+    check_range(source.len(), byte_offset, nbytes)?;
+    let nbytes = to_usize(nbytes)?;
+    let mut bytes = vec![0; nbytes];
+    source.read_exact_at(byte_offset, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// CRC-32 of a range, read in pieces where it is not in memory.
+///
+/// # Errors
+/// As [`ReadAt::read_exact_at`].
+pub fn crc(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<u32> {
+    /// Bytes read at a time.
+    const CHUNK_NBYTES: u64 = 1 << 20;
+    let mut hasher = crc32fast::Hasher::new();
+    if let Some(bytes) = source.as_slice() {
+        hasher.update(slice(bytes, byte_offset, nbytes)?);
+        return Ok(hasher.finalize());
+    }
+    let end = check_range(source.len(), byte_offset, nbytes)?;
+    let mut at = byte_offset;
+    while at < end {
+        let chunk = read_vec(source, at, CHUNK_NBYTES.min(end - at))?;
+        hasher.update(&chunk);
+        at += chunk.len() as u64;
+    }
+    Ok(hasher.finalize())
+}
+
+/// Converts a length to `usize`; fails only where the address space is smaller than the file.
+///
+/// # Errors
+/// [`ErrorKind::Limit`](crate::ErrorKind::Limit) on such a machine.
+pub fn to_usize(nbytes: u64) -> Result<usize> {
+    usize::try_from(nbytes)
+        .map_err(|_| Error::new(crate::ErrorKind::Limit, format!("{nbytes} bytes do not fit the address space")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_checked_before_reading() {
+        let bytes = vec![1_u8, 2, 3];
+        let mut out = [0; 2];
+        bytes.read_exact_at(1, &mut out).unwrap();
+        assert_eq!(out, [2, 3]);
+        let error = bytes.read_exact_at(2, &mut out).unwrap_err().to_string();
+        assert!(error.contains("ends 1 bytes too early"), "{error}");
+        assert!(read_vec(&bytes, u64::MAX, 2).is_err());
+        assert!(read_vec(&bytes, 0, u64::MAX / 2).is_err());
+    }
+
+    #[test]
+    fn file_map_and_memory_agree() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"0123456789").unwrap();
+        for access in [Access::Read, Access::Map] {
+            let source = open(file.path(), access).unwrap();
+            assert_eq!(read_vec(&*source, 3, 4).unwrap(), b"3456");
+            assert!(read_vec(&*source, 8, 3).is_err());
+        }
+        assert!(open(file.path().parent().unwrap(), Access::Read).is_err());
+    }
+}

@@ -1,0 +1,27 @@
+//! Writing: everything goes to a temporary file beside the target, is synced, and takes the target's name at the end.
+
+mod atomic;
+mod refit;
+mod safetensors;
+mod verify;
+
+pub use atomic::AtomicFile;
+pub use refit::{RefitReport, refit};
+pub use safetensors::{ConvertReport, Shared, convert};
+pub use verify::{VerifyReport, verify};
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Told how many bytes are done, of how many; progress bars hang on it.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// Refuses to write over a file that the write reads from.
+fn refuse_same_file(out: &Path, input: &Path, what: &str) -> Result<()> {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| PathBuf::from(path));
+    if out != input && real(out) != real(input) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Usage, format!("the output would replace {what}")).in_file(out))
+}

@@ -1,0 +1,104 @@
+//! A file that appears whole or not at all.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use crate::error::{Error, Result};
+
+/// Name prefix of temporary files, so that one left by a power cut is recognised.
+const PREFIX: &str = ".reweft-";
+
+/// A temporary file in the folder of its target. Dropped before [`commit`](Self::commit), it is removed.
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: NamedTempFile,
+    target: PathBuf,
+}
+
+impl AtomicFile {
+    /// Creates the temporary file, with the permissions that the process's umask leaves a new file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) if the folder does not exist or cannot be written to, or if `target` is
+    /// something that a rename must not replace: a folder, a device, a pipe.
+    pub fn create(target: &Path) -> Result<Self> {
+        if fs::symlink_metadata(target).is_ok_and(|found| !found.is_file() && !found.is_symlink()) {
+            let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
+            return Err(Error::io("create: not a regular file", error).in_file(target));
+        }
+        let file = tempfile::Builder::new()
+            .prefix(PREFIX)
+            .permissions(fs::Permissions::from_mode(0o666))
+            .tempfile_in(folder(target));
+        let file = file.map_err(|error| Error::io("create", error).in_file(target))?;
+        Ok(Self { file, target: target.to_owned() })
+    }
+
+    /// The open file.
+    pub fn as_file(&self) -> &File {
+        self.file.as_file()
+    }
+
+    /// Gives the file the permissions of another one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn keep_mode(&self, of: &File) -> Result<()> {
+        let permissions = of.metadata().map(|metadata| metadata.permissions());
+        permissions
+            .and_then(|permissions| self.as_file().set_permissions(permissions))
+            .map_err(|error| Error::io("chmod", error).in_file(&self.target))
+    }
+
+    /// Syncs the file, renames it to its target and syncs the folder. After an error the target is as it was.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io). A failed sync is not tried again: the kernel may have dropped the
+    /// pages, so the temporary file is given up.
+    pub fn commit(self) -> Result<()> {
+        let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.target);
+        self.file.as_file().sync_all().map_err(|error| failed("fsync", error))?;
+        let folder = File::open(folder(&self.target)).map_err(|error| failed("open folder", error))?;
+        self.file.persist(&self.target).map_err(|error| Error::io("rename", error.error).in_file(&self.target))?;
+        folder.sync_all().map_err(|error| Error::io("fsync folder", error).in_file(&self.target))
+    }
+}
+
+fn folder(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn dropped_before_commit_leaves_the_target_and_no_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("x");
+        fs::write(&target, "old").unwrap();
+        let file = AtomicFile::create(&target).unwrap();
+        file.as_file().write_all(b"new").unwrap();
+        drop(file);
+        assert_eq!(fs::read(&target).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let file = AtomicFile::create(&target).unwrap();
+        file.as_file().write_all(b"new").unwrap();
+        file.commit().unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_folder_is_no_target() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(AtomicFile::create(folder.path()).is_err());
+        assert!(AtomicFile::create(&folder.path().join("absent/x")).is_err());
+    }
+}

@@ -1,0 +1,85 @@
+//! Memory for weights that the model owns: aligned, and open to a program that writes to it.
+
+use std::cell::UnsafeCell;
+use std::ffi::c_void;
+use std::fmt;
+
+use reweft::source::ReadAt;
+
+/// Bytes of a line; rows of compiled programs are aligned to this.
+const LINE_NBYTES: usize = 64;
+
+#[repr(C, align(64))]
+struct Line([u8; LINE_NBYTES]);
+
+/// Zero-padded bytes, aligned to 64.
+///
+/// A compiled program may write to them through [`as_ptr`](Self::as_ptr). Whoever reads them back must know that it
+/// does not, or that no call is running.
+pub struct Lines {
+    lines: Box<[UnsafeCell<Line>]>,
+    nbytes: usize,
+}
+
+// SAFETY: a plain block of bytes; who may write when is the contract of the type.
+unsafe impl Send for Lines {}
+// SAFETY: as above. Shared readers exist only for slots that the program never writes to.
+unsafe impl Sync for Lines {}
+
+impl Lines {
+    /// Copies bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let (whole, rest) = bytes.as_chunks::<LINE_NBYTES>();
+        let mut last = [0; LINE_NBYTES];
+        last[..rest.len()].copy_from_slice(rest);
+        let lines = whole.iter().copied().chain(std::iter::once(last));
+        Self { lines: lines.map(|line| UnsafeCell::new(Line(line))).collect(), nbytes: bytes.len() }
+    }
+
+    /// Address of the first byte. There is always a line, so it is never dangling.
+    pub fn as_ptr(&self) -> *mut c_void {
+        self.lines.as_ptr().cast_mut().cast()
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `nbytes` bytes were copied to the start of the lines, which are contiguous and live as long as `self`.
+        // By the contract of the type nobody writes to them now.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.nbytes) }
+    }
+}
+
+impl ReadAt for Lines {
+    fn len(&self) -> u64 {
+        self.nbytes as u64
+    }
+
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> reweft::Result<()> {
+        out.copy_from_slice(reweft::source::slice(self.as_bytes(), byte_offset, out.len() as u64)?);
+        Ok(())
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        Some(self.as_bytes())
+    }
+}
+
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Lines({} bytes)", self.nbytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_back_and_are_aligned() {
+        for nbytes in [0, 1, 63, 64, 65, 200] {
+            let bytes: Vec<u8> = (0..nbytes).collect();
+            let lines = Lines::from_bytes(&bytes);
+            assert_eq!(lines.as_slice(), Some(&bytes[..]));
+            assert!(lines.as_ptr().addr().is_multiple_of(LINE_NBYTES) && !lines.as_ptr().is_null());
+        }
+    }
+}

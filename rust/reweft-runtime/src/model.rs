@@ -1,0 +1,435 @@
+//! A model: a package on disk, its compiled program in this process, and the weights it runs on.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use reweft::artifact::Slot;
+use reweft::artifact::manifest::{Input, Manifest};
+use reweft::checkpoint::Format;
+use reweft::plan::{Allow, Finding, Plan, plan};
+use reweft::source::{Access, Source, Window};
+use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result, TensorInfo};
+use serde::Serialize;
+
+use crate::binding::Binding;
+use crate::container::Container;
+use crate::device::Device;
+use crate::library::Library;
+use crate::memory::Lines;
+use crate::tensor::Tensor;
+use crate::torch::Torch;
+
+/// How a package is opened to run.
+#[derive(Clone, Debug)]
+pub struct ModelOptions {
+    /// Calls that may run at the same time; they share the weights.
+    pub replicas: usize,
+    /// Path of `libtorch_cpu.so`; `None` takes the one that is loaded in this process.
+    pub libtorch: Option<PathBuf>,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self { replicas: 1, libtorch: None }
+    }
+}
+
+/// What a live refit did.
+#[derive(Clone, Debug, Serialize)]
+pub struct LiveReport {
+    /// Slots that keys filled.
+    pub slots: usize,
+    /// Slots that kept their bytes.
+    pub kept: Vec<String>,
+    /// Bytes of the filled slots.
+    pub nbytes: u64,
+    /// Of these, bytes that were copied: from memory, for another layout or dtype, for buffers the program writes to.
+    /// The others are used where the checkpoint file has them.
+    pub nbytes_copied: u64,
+    /// Notices of plan and checkpoint.
+    pub notices: Vec<String>,
+}
+
+/// A compiled program that runs, with weights that can be replaced while it does.
+///
+/// Weights are used where the package file, or a mapped checkpoint, has them; nothing is copied that need not be.
+/// Those files must not be truncated or overwritten meanwhile (see [`Mmap`](reweft::source::Mmap)); replacing them by a
+/// rename is safe. It may be shared between threads.
+pub struct Model {
+    artifact: Artifact,
+    torch: Torch,
+    container: Container,
+    device: Device,
+    inputs: Vec<(Input, InputType)>,
+    /// Where each slot's bytes are, by number of the slot. Locked for the whole of a refit.
+    live: Mutex<Vec<SlotBytes>>,
+}
+
+/// An input's dtype and device, parsed once.
+struct InputType {
+    dtype: Dtype,
+    device: Device,
+    shape: Vec<i64>,
+    strides: Vec<i64>,
+}
+
+/// The bytes a slot runs on.
+#[derive(Clone)]
+enum SlotBytes {
+    /// In a file or in memory that nobody writes to.
+    Shared(Source, u64),
+    /// Owned by the model; the program may write to it.
+    Own(Arc<Lines>),
+}
+
+impl Model {
+    /// Opens a package that `reweft.torch.trace` wrote, and binds its weights. Reads all weight bytes once, to compare
+    /// their CRC; copies only buffers that the program writes to. The library is unpacked to a temporary file, which is
+    /// gone when this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one without a manifest (nothing
+    /// says which inputs it takes), with operators that need a proxy executor, or for a device of another kind than the
+    /// process has; [`ErrorKind::Usage`] for several replicas of a program that writes to buffers; [`ErrorKind::Run`]
+    /// if the loader or the program refuses.
+    ///
+    /// # Safety
+    /// Runs native code from the package: `path` must come from somebody you would run a program of.
+    pub unsafe fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
+        let in_file = |error: Error| error.in_file(path);
+        let artifact = Artifact::open(path, Access::Map, &Limits::default())?;
+        let manifest = check_runnable(&artifact, options).map_err(in_file)?;
+        let device = check_device(manifest).map_err(in_file)?;
+        let inputs = input_types(manifest).map_err(in_file)?;
+        if !artifact.slots().is_empty() {
+            artifact.check_weights()?;
+        }
+        let torch = match &options.libtorch {
+            // SAFETY: the caller vouches for what is opened.
+            Some(path) => unsafe { Torch::open(path)? },
+            None => Torch::from_process()?,
+        };
+        // SAFETY: the caller vouches for the package; nobody else has the temporary file.
+        let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
+        let container = Container::open(&torch, &library, device, options.replicas, false)?;
+        let live = packaged_weights(&artifact).map_err(in_file)?;
+        let model = Self { artifact, torch, container, device, inputs, live: Mutex::new(Vec::new()) };
+        if !live.is_empty() {
+            model.bind(live, &mut model.live())?;
+        }
+        Ok(model)
+    }
+
+    /// The package that was opened.
+    pub fn artifact(&self) -> &Artifact {
+        &self.artifact
+    }
+
+    /// The libtorch it runs on.
+    pub fn torch(&self) -> &Torch {
+        &self.torch
+    }
+
+    /// The inputs that the program was compiled for, in call order.
+    pub fn inputs(&self) -> impl ExactSizeIterator<Item = &Input> {
+        self.inputs.iter().map(|(input, _)| input)
+    }
+
+    /// Pytree specifications of inputs and outputs, as JSON that `torch.utils._pytree` wrote.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Run`] if the program does not tell.
+    pub fn call_spec(&self) -> Result<(String, String)> {
+        Ok(self.container.call_spec()?)
+    }
+
+    /// Runs the program. Copies nothing; calls beyond the number of replicas wait.
+    ///
+    /// A call that is running while the weights are replaced finishes on the old ones; one that starts afterwards uses
+    /// the new ones.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mismatch`] for an input of another dtype, shape, stride or device than the program was compiled for,
+    /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs; [`ErrorKind::Run`] if it fails.
+    pub fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
+        if inputs.len() != self.inputs.len() {
+            let what = format!("{} inputs, the program takes {}", inputs.len(), self.inputs.len());
+            return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
+        }
+        for (tensor, (input, wanted)) in inputs.iter().zip(&self.inputs) {
+            check_input(tensor, wanted).map_err(|error| error.of_key(&input.name).in_file(self.artifact.path()))?;
+        }
+        // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
+        // to buffers has one replica, so that its calls follow one another.
+        Ok(unsafe { self.container.run(inputs)? })
+    }
+
+    /// Replaces the weights, all or none, while calls are running.
+    ///
+    /// Tensors of a mapped checkpoint whose layout is the slot's are used where they are, after their CRC was
+    /// compared; all others are copied, those in memory always, so that a later edit of them changes nothing here.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mismatch`] if the plan has blocking findings; read errors. The old weights then stay.
+    pub fn refit(&self, checkpoint: &Checkpoint, allow: Allow) -> Result<LiveReport> {
+        let planned = plan(&self.artifact, checkpoint, allow)?;
+        planned.check()?;
+        let mut live = self.live();
+        let mut next = live.clone();
+        let mut nbytes_copied = 0;
+        for refill in &planned.refills {
+            let (Some(slot), Some(place)) = (self.artifact.slots().get(refill.slot), next.get_mut(refill.slot)) else {
+                return Err(Error::new(ErrorKind::Usage, "the plan is of another package").of_key(&refill.name));
+            };
+            *place = if let Some(bytes) = shared_bytes(checkpoint, slot, refill.recipe.plain_key())? {
+                bytes
+            } else {
+                nbytes_copied += slot.nbytes;
+                SlotBytes::Own(Arc::new(Lines::from_bytes(&refill.recipe.evaluate(checkpoint)?)))
+            };
+        }
+        if !next.is_empty() {
+            self.bind(next, &mut live)?;
+        }
+        Ok(report(&planned, checkpoint, nbytes_copied))
+    }
+
+    /// The weights in use, as a checkpoint under the slots' names. Shares the bytes of the weights and copies the
+    /// buffers that the program writes to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Run`] if the program does not hand out its buffers.
+    pub fn state(&self) -> Result<Checkpoint> {
+        let live = self.live();
+        let written = self.written_buffers()?;
+        let mut sources: Vec<Source> = Vec::with_capacity(live.len());
+        let mut tensors = Vec::with_capacity(live.len());
+        for (number, (slot, bytes)) in self.artifact.slots().iter().zip(live.iter()).enumerate() {
+            let source = match (written.get(number).and_then(Option::as_ref), bytes) {
+                (Some(copy), _) => Arc::new(copy.clone()) as Source,
+                (None, SlotBytes::Shared(source, byte_offset)) => {
+                    Arc::new(Window::new(Arc::clone(source), *byte_offset, slot.nbytes)?)
+                }
+                (None, SlotBytes::Own(lines)) => Arc::new(Window::new(Arc::clone(lines) as Source, 0, slot.nbytes)?),
+            };
+            let (shape, strides) = (slot.shape.clone(), slot.strides.clone());
+            sources.push(source);
+            let info = TensorInfo { dtype: slot.dtype, shape, strides, storage: number, storage_offset: 0 };
+            tensors.push((slot.name.clone(), info));
+        }
+        Checkpoint::from_memory(Path::new("live weights"), sources, tensors)
+    }
+
+    /// Bytes of the slots that the program writes to, by number of the slot.
+    fn written_buffers(&self) -> Result<Vec<Option<Vec<u8>>>> {
+        let slots = self.artifact.slots();
+        let mut copies = vec![None; slots.len()];
+        if !slots.iter().any(|slot| slot.mutated) {
+            return Ok(copies);
+        }
+        for (fqn, tensor) in self.container.extract()? {
+            let constant = self.container.constants().iter().find(|constant| constant.fqn == fqn);
+            let number = constant
+                .and_then(|constant| slots.iter().position(|slot| slot.constant == constant.name && slot.mutated));
+            if let Some(number) = number {
+                // SAFETY: the tensor is a copy that nobody else has.
+                copies[number] = Some(unsafe { tensor.bytes()? }.to_vec());
+            }
+        }
+        match slots.iter().zip(&copies).find(|(slot, copy)| slot.mutated && copy.is_none()) {
+            None => Ok(copies),
+            Some((slot, _)) => {
+                Err(Error::new(ErrorKind::Run, "the program does not hand out this buffer").of_key(&slot.name))
+            }
+        }
+    }
+
+    /// Hands a full set of weights to the program and remembers where they are.
+    fn bind(&self, next: Vec<SlotBytes>, live: &mut Vec<SlotBytes>) -> Result<()> {
+        let mut bindings = Vec::with_capacity(next.len());
+        for (slot, bytes) in self.artifact.slots().iter().zip(&next) {
+            let (shape, strides) = (signed(&slot.shape)?, signed(&slot.strides)?);
+            let (ptr, keep) = bytes.locate(slot)?;
+            // SAFETY: `locate` gave the address of `slot.nbytes` bytes that `keep` owns, and the slot is dense, so that
+            // shape and strides, which are those of the compiled program, reach no further. Bytes that are shared are
+            // never written; bytes of slots that the program writes to are `Own`, one binding's and writable.
+            let binding = unsafe { Binding::new(&slot.constant, ptr, shape, strides, slot.dtype, self.device, keep) };
+            // A row has the size of the storage that the tensor was a view of when it was compiled.
+            bindings.push(binding.in_storage_of(slot.row_nbytes));
+        }
+        self.container.refit(bindings)?;
+        *live = next;
+        Ok(())
+    }
+
+    fn live(&self) -> MutexGuard<'_, Vec<SlotBytes>> {
+        // A panic in a refit leaves the old list in place, which is still what the program runs on.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SlotBytes {
+    /// Address of the slot's bytes, and what keeps them there.
+    fn locate(&self, slot: &Slot) -> Result<(*mut c_void, Arc<dyn std::any::Any + Send + Sync>)> {
+        match self {
+            Self::Own(lines) => Ok((lines.as_ptr(), Arc::clone(lines) as _)),
+            Self::Shared(source, byte_offset) => {
+                let Some(bytes) = source.as_slice() else {
+                    return Err(Error::new(ErrorKind::Usage, "weights are not in memory").of_key(&slot.name));
+                };
+                let bytes = reweft::source::slice(bytes, *byte_offset, slot.nbytes)?;
+                Ok((bytes.as_ptr().cast_mut().cast(), Arc::new(Arc::clone(source)) as _))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model")
+            .field("path", &self.artifact.path())
+            .field("container", &self.container)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Refuses packages whose calls could go wrong without an error.
+fn check_runnable<'a>(artifact: &'a Artifact, options: &ModelOptions) -> Result<&'a Manifest> {
+    let Some(manifest) = artifact.manifest() else {
+        let what = "the package has no manifest, so nothing says which inputs it takes";
+        return Err(Error::new(ErrorKind::Unsupported, what)
+            .with_hint("compile with reweft.torch.trace; torch's own aoti_load_package runs it unchecked"));
+    };
+    if artifact.records().extern_nodes.is_some() {
+        let what = "the program has operators that need a proxy executor, which is not supported yet";
+        return Err(Error::new(ErrorKind::Unsupported, what).with_hint("torch's own aoti_load_package runs it"));
+    }
+    if let Some(slot) = artifact.slots().iter().find(|slot| slot.obstacle().is_some()) {
+        let what = format!("slot cannot be bound: {}", slot.obstacle().unwrap_or_default());
+        return Err(Error::new(ErrorKind::Unsupported, what).of_key(&slot.name));
+    }
+    if options.replicas > 1
+        && let Some(slot) = artifact.slots().iter().find(|slot| slot.mutated)
+    {
+        let what = format!("the program writes to this buffer, which {} replicas would share", options.replicas);
+        return Err(Error::new(ErrorKind::Usage, what).of_key(&slot.name).with_hint("open it with one replica"));
+    }
+    Ok(manifest)
+}
+
+/// Weights are bound where the host has them, so the program's device must be one that reads host memory.
+fn check_device(manifest: &Manifest) -> Result<Device> {
+    let device: Device = manifest.device().parse()?;
+    if device.is_host() {
+        return Ok(device);
+    }
+    let what = format!("the program is for {device}, on which running is not tested yet");
+    Err(Error::new(ErrorKind::Unsupported, what).with_hint("inspect, plan and refit it on disk"))
+}
+
+fn input_types(manifest: &Manifest) -> Result<Vec<(Input, InputType)>> {
+    let parse = |input: &Input| {
+        let dtype = Dtype::from_name(&input.dtype)
+            .ok_or_else(|| Error::format(format!("input of dtype {:?}, which is not known", input.dtype)))?;
+        let device = input.device.parse()?;
+        let (shape, strides) = (signed(&input.shape)?, signed(&input.strides)?);
+        Ok((input.clone(), InputType { dtype, device, shape, strides }))
+    };
+    manifest.inputs().iter().map(|input| parse(input).map_err(|error: Error| error.of_key(&input.name))).collect()
+}
+
+fn check_input(tensor: &Tensor, wanted: &InputType) -> Result<()> {
+    let (dtype, shape, strides, device) = (tensor.dtype()?, tensor.shape()?, tensor.strides()?, tensor.device()?);
+    let differs = |what: &str, found: String, wanted: String| {
+        Err(Error::new(ErrorKind::Mismatch, format!("input has {what} {found}, the program takes {wanted}")))
+    };
+    if dtype != wanted.dtype {
+        return differs("dtype", dtype.to_string(), wanted.dtype.to_string());
+    }
+    if shape != wanted.shape {
+        return differs("shape", format!("{shape:?}"), format!("{:?}", wanted.shape));
+    }
+    if device.kind != wanted.device.kind {
+        return differs("device", device.to_string(), wanted.device.to_string());
+    }
+    let counts = |dim: &usize| shape[*dim] > 1;
+    if !shape.contains(&0) && (0..shape.len()).filter(counts).any(|dim| strides[dim] != wanted.strides[dim]) {
+        return differs("strides", format!("{strides:?}"), format!("{:?}", wanted.strides));
+    }
+    Ok(())
+}
+
+/// Writes the library where the loader can map it, opens it, and removes the name again.
+///
+/// # Safety
+/// As [`Library::open`].
+unsafe fn unpack_library(artifact: &Artifact, torch: &Torch) -> Result<Library> {
+    let record = &artifact.records().library;
+    let bytes = artifact.archive().read(record)?;
+    let failed = |error| Error::io("unpack the library to a temporary file", error);
+    let mut file = tempfile::Builder::new().prefix("reweft-").suffix(".so").tempfile().map_err(failed)?;
+    file.write_all(&bytes).map_err(failed)?;
+    // The loader knows libraries by name; this one is never used twice, because the file is made anew for each.
+    let path = file.into_temp_path();
+    // SAFETY: the caller vouches for the package; the file is private to this user.
+    Ok(unsafe { Library::open(torch, &path)? })
+}
+
+/// The package's own weights: shared where they are, but for buffers that the program writes to.
+fn packaged_weights(artifact: &Artifact) -> Result<Vec<SlotBytes>> {
+    if artifact.slots().is_empty() {
+        return Ok(Vec::new());
+    }
+    let (source, start, _) = artifact.weights()?;
+    let place = |slot: &Slot| {
+        let at = start + slot.byte_offset;
+        let bytes = SlotBytes::Shared(Arc::clone(source), at);
+        if slot.mutated || !is_aligned(&bytes, slot)? {
+            return Ok(SlotBytes::Own(Arc::new(Lines::from_bytes(&artifact.read_slot(slot)?))));
+        }
+        Ok(bytes)
+    };
+    artifact.slots().iter().map(place).collect()
+}
+
+/// The checkpoint's own bytes for a slot, if they can serve as they are: mapped from a file, in the slot's layout.
+fn shared_bytes(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>) -> Result<Option<SlotBytes>> {
+    let Some(key) = key.filter(|_| !slot.mutated && checkpoint.format() != Format::Memory) else {
+        return Ok(None);
+    };
+    let info = checkpoint.get(key)?;
+    let storage = checkpoint.storage_of(info);
+    let in_place = |error: Error| error.of_key(key).in_file(checkpoint.path());
+    if storage.as_slice().map_err(in_place)?.is_none() {
+        return Ok(None);
+    }
+    let (source, start) = storage.locate().map_err(in_place)?;
+    let (first, _) = info.window(storage.nbytes)?;
+    let bytes = SlotBytes::Shared(Arc::clone(source), start + first);
+    Ok(is_aligned(&bytes, slot)?.then_some(bytes))
+}
+
+/// Whether the bytes begin at a multiple of the element size, as compiled code expects.
+fn is_aligned(bytes: &SlotBytes, slot: &Slot) -> Result<bool> {
+    let itemsize = reweft::source::to_usize(slot.dtype.itemsize().unwrap_or(1))?;
+    Ok(bytes.locate(slot)?.0.addr().is_multiple_of(itemsize))
+}
+
+fn signed(sizes: &[u64]) -> Result<Vec<i64>> {
+    let convert = |size: &u64| i64::try_from(*size).map_err(|_| Error::format(format!("size {size} is out of range")));
+    sizes.iter().map(convert).collect()
+}
+
+fn report(planned: &Plan, checkpoint: &Checkpoint, nbytes_copied: u64) -> LiveReport {
+    let findings = planned.findings.iter().map(Finding::to_string);
+    LiveReport {
+        slots: planned.refills.len(),
+        kept: planned.kept.clone(),
+        nbytes: planned.nbytes(),
+        nbytes_copied,
+        notices: findings.chain(checkpoint.notices().iter().cloned()).collect(),
+    }
+}

@@ -1,0 +1,189 @@
+//! What can be typed. Doc comments are the help texts.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use reweft::{Checkpoint, KeyMap, OpenOptions, Rule};
+
+/// Put new weights into compiled models: exactly, all or nothing, without recompiling.
+///
+/// Exit status: 0 done, 1 a check found differences, 2 error. Nothing in a file is ever executed.
+#[derive(Debug, Parser)]
+#[command(name = "reweft", version)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Inspect(Inspect),
+    Convert(Convert),
+    Plan(Plan),
+    Refit(Refit),
+    Verify(Verify),
+}
+
+/// Lists what is in a checkpoint or a compiled package. Reads metadata only.
+///
+/// For a checkpoint: keys, dtypes, shapes, strides, bytes, shared storages, what is no tensor, what is unknown.
+/// For a package: its slots, other names of tied weights, and weights that cannot be replaced, with the reason.
+#[derive(Debug, clap::Args)]
+pub struct Inspect {
+    /// A .pt or safetensors checkpoint, or a .pt2 package; told apart by content.
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub keys: Keys,
+    /// Print JSON instead of tables.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Writes a checkpoint as safetensors.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  reweft convert epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='")]
+pub struct Convert {
+    /// The checkpoint.
+    pub input: PathBuf,
+    /// The safetensors file to write; it appears whole or not at all.
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub keys: Keys,
+    /// What to do with tensors that share bytes, which safetensors cannot say.
+    #[arg(long, value_enum, default_value_t = Shared::Error)]
+    pub shared: Shared,
+    /// Print a JSON report.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Shows which slot would take which key, and what speaks against it. Exit status 1 if a refit would be refused.
+///
+/// Reads metadata, and the bytes of tied keys that the checkpoint stores more than once.
+#[derive(Debug, clap::Args)]
+pub struct Plan {
+    #[command(flatten)]
+    pub pair: Pair,
+    #[command(flatten)]
+    pub allow: Allow,
+    /// Print the plan as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Writes a copy of a compiled package that holds a checkpoint's weights.
+///
+/// Everything is checked before a byte is written; the copy appears whole or not at all.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  reweft refit net.pt2 epoch3.pt -o net-epoch3.pt2 --top-level-key model_state_dict --remap '^module\\.='")]
+pub struct Refit {
+    #[command(flatten)]
+    pub pair: Pair,
+    /// The package to write; it may be ARTIFACT itself, which is then replaced by a rename.
+    #[arg(short, long)]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub allow: Allow,
+    /// Print a JSON report.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Compares a package's weights with a checkpoint, byte for byte. Exit status 1 if they differ.
+#[derive(Debug, clap::Args)]
+pub struct Verify {
+    #[command(flatten)]
+    pub pair: Pair,
+    #[command(flatten)]
+    pub allow: Allow,
+    /// Print a JSON report.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A package and the checkpoint for it.
+#[derive(Debug, clap::Args)]
+pub struct Pair {
+    /// The compiled package (.pt2).
+    pub artifact: PathBuf,
+    /// The checkpoint (.pt or safetensors).
+    pub checkpoint: PathBuf,
+    #[command(flatten)]
+    pub keys: Keys,
+}
+
+/// Which keys of a checkpoint, under which names.
+#[derive(Debug, clap::Args)]
+pub struct Keys {
+    /// Dotted path of the dict that holds the weights, for example `model_state_dict`.
+    #[arg(long, value_name = "KEY")]
+    pub top_level_key: Option<String>,
+    /// Rename keys; Rust regex syntax, `$1` for groups. Repeatable; applied in order, each to the result before.
+    #[arg(long, value_name = "REGEX=REPLACEMENT")]
+    pub remap: Vec<String>,
+    /// Keep only keys that match, before renaming. Repeatable; a key must match one of them.
+    #[arg(long, value_name = "REGEX")]
+    pub select: Vec<String>,
+}
+
+impl Keys {
+    /// Opens a checkpoint and applies selection and rules.
+    pub fn open(&self, path: &std::path::Path) -> reweft::Result<Checkpoint> {
+        let mut keys = KeyMap::new();
+        for pattern in &self.select {
+            keys = keys.select(pattern)?;
+        }
+        for rule in &self.remap {
+            keys = keys.rule(Rule::parse(rule)?);
+        }
+        let options = OpenOptions { top_level_key: self.top_level_key.clone(), ..OpenOptions::default() };
+        let checkpoint = Checkpoint::open(path, &options)?;
+        if keys.is_identity() { Ok(checkpoint) } else { checkpoint.rekey(&keys) }
+    }
+}
+
+/// What is accepted that is an error otherwise.
+#[derive(Debug, clap::Args)]
+#[expect(clippy::struct_field_names, reason = "the names are the options")]
+pub struct Allow {
+    /// Convert between float dtypes, rounding to nearest even.
+    #[arg(long)]
+    allow_cast: bool,
+    /// Leave slots as they are for which the checkpoint has no key.
+    #[arg(long)]
+    allow_missing: bool,
+    /// Leave out keys for which the package has no slot.
+    #[arg(long)]
+    allow_unused: bool,
+}
+
+impl From<&Allow> for reweft::plan::Allow {
+    fn from(allow: &Allow) -> Self {
+        Self { cast: allow.allow_cast, missing: allow.allow_missing, unused: allow.allow_unused }
+    }
+}
+
+/// The choices of `--shared`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Shared {
+    /// Refuse, and name the keys.
+    Error,
+    /// Write the bytes once for each key.
+    Duplicate,
+    /// Write only the first key of tensors that are the same.
+    DropAliases,
+}
+
+impl From<Shared> for reweft::write::Shared {
+    fn from(shared: Shared) -> Self {
+        match shared {
+            Shared::Error => Self::Error,
+            Shared::Duplicate => Self::Duplicate,
+            Shared::DropAliases => Self::DropAliases,
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! `inspect`: what is in a file.
+
+use std::collections::HashMap;
+use std::io::Write;
+
+use reweft::artifact::{self, Slot, Unrefittable};
+use reweft::checkpoint::Value;
+use reweft::source::{self, Access};
+use reweft::tensor::Layout;
+use reweft::{Artifact, Checkpoint, Limits};
+use serde::Serialize;
+
+use crate::args::Inspect;
+use crate::output;
+
+pub fn run(command: &Inspect, out: &mut dyn Write) -> anyhow::Result<bool> {
+    let source = source::open(&command.file, Access::Read)?;
+    if artifact::detect(&source) {
+        let artifact = Artifact::open(&command.file, Access::Read, &Limits::default())?;
+        show_artifact(&artifact, command.json, out)?;
+    } else {
+        let checkpoint = command.keys.open(&command.file)?;
+        show_checkpoint(&checkpoint, command.json, out)?;
+    }
+    Ok(true)
+}
+
+/// A checkpoint as JSON.
+#[derive(Serialize)]
+struct CheckpointView<'a> {
+    kind: &'static str,
+    file: String,
+    format: &'static str,
+    tensors: Vec<TensorView<'a>>,
+    /// Bytes of the storages that the listed tensors use, each counted once.
+    storage_nbytes: u64,
+    /// Keys by storage, for storages that more than one key uses.
+    shared: Vec<Vec<&'a str>>,
+    unreadable: HashMap<&'a str, &'a str>,
+    values: &'a [Value],
+    unknown_globals: &'a [String],
+    metadata: HashMap<&'a String, &'a String>,
+    notices: &'a [String],
+}
+
+#[derive(Serialize)]
+struct TensorView<'a> {
+    key: &'a str,
+    #[serde(flatten)]
+    layout: Layout,
+    contiguous: bool,
+    storage: usize,
+    storage_offset: u64,
+    device: &'a str,
+}
+
+impl<'a> CheckpointView<'a> {
+    fn new(checkpoint: &'a Checkpoint) -> Self {
+        let tensors: Vec<TensorView<'a>> = checkpoint
+            .tensors()
+            .map(|(key, info)| TensorView {
+                key,
+                layout: Layout::from(info),
+                contiguous: info.is_contiguous(),
+                storage: info.storage,
+                storage_offset: info.storage_offset,
+                device: &checkpoint.storage_of(info).device,
+            })
+            .collect();
+        let mut users: Vec<Vec<&str>> = vec![Vec::new(); checkpoint.storages().len()];
+        for tensor in &tensors {
+            users[tensor.storage].push(tensor.key);
+        }
+        let used = checkpoint.storages().iter().zip(&users).filter(|(_, keys)| !keys.is_empty());
+        Self {
+            kind: "checkpoint",
+            file: checkpoint.path().display().to_string(),
+            format: checkpoint.format().name(),
+            tensors,
+            storage_nbytes: used.map(|(storage, _)| storage.nbytes).sum(),
+            shared: users.into_iter().filter(|keys| keys.len() > 1).collect(),
+            unreadable: checkpoint.unreadable().collect(),
+            values: checkpoint.values(),
+            unknown_globals: checkpoint.unknown_globals(),
+            metadata: checkpoint.metadata().iter().collect(),
+            notices: checkpoint.notices(),
+        }
+    }
+}
+
+fn show_checkpoint(checkpoint: &Checkpoint, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let view = CheckpointView::new(checkpoint);
+    if json {
+        return output::json(out, &view);
+    }
+    let rows = view.tensors.iter().map(|tensor| {
+        let layout = &tensor.layout;
+        let strides = if tensor.contiguous { String::new() } else { format!("{:?}", layout.strides) };
+        let shape = format!("{:?}", layout.shape);
+        let storage = format!("{}+{}", tensor.storage, tensor.storage_offset);
+        vec![tensor.key.to_owned(), layout.dtype.to_owned(), shape, strides, output::bytes(layout.nbytes), storage]
+    });
+    output::table(
+        out,
+        &["key", "dtype", "shape", "strides", "bytes", "storage"],
+        &["bytes", "storage"],
+        rows.collect(),
+    )?;
+    for keys in &view.shared {
+        writeln!(out, "shared storage: {}", keys.join(", "))?;
+    }
+    for (key, why) in checkpoint.unreadable() {
+        writeln!(out, "cannot be read: {key}: {why}")?;
+    }
+    for value in view.values {
+        writeln!(out, "not a tensor: {value}")?;
+    }
+    for global in view.unknown_globals {
+        writeln!(out, "unknown, kept as data, not run: {global}")?;
+    }
+    for (name, value) in checkpoint.metadata() {
+        writeln!(out, "metadata: {name} = {value:?}")?;
+    }
+    output::notices(view.notices);
+    let nbytes: u64 = view.tensors.iter().map(|tensor| tensor.layout.nbytes).sum();
+    let (count, held) = (view.tensors.len(), output::bytes(view.storage_nbytes));
+    writeln!(out, "{}: {count} tensors, {} bytes, in storages of {held} bytes", view.format, output::bytes(nbytes))?;
+    Ok(())
+}
+
+/// A package as JSON.
+#[derive(Serialize)]
+struct ArtifactView<'a> {
+    kind: &'static str,
+    file: String,
+    model: &'a str,
+    weights: Option<&'a str>,
+    has_manifest: bool,
+    needs_proxy_executor: bool,
+    slots: Vec<SlotView<'a>>,
+    unused: &'a [String],
+    unrefittable: &'a [Unrefittable],
+}
+
+#[derive(Serialize)]
+struct SlotView<'a> {
+    name: &'a str,
+    aliases: &'a [String],
+    constant: &'a str,
+    kind: artifact::SlotKind,
+    persistent: bool,
+    mutated: bool,
+    dtype: &'static str,
+    shape: &'a [u64],
+    strides: &'a [u64],
+    byte_offset: u64,
+    nbytes: u64,
+    hash: Option<&'a str>,
+    obstacle: Option<&'static str>,
+}
+
+impl<'a> From<&'a Slot> for SlotView<'a> {
+    fn from(slot: &'a Slot) -> Self {
+        Self {
+            name: &slot.name,
+            aliases: &slot.aliases,
+            constant: &slot.constant,
+            kind: slot.kind,
+            persistent: slot.persistent,
+            mutated: slot.mutated,
+            dtype: slot.dtype.name(),
+            shape: &slot.shape,
+            strides: &slot.strides,
+            byte_offset: slot.byte_offset,
+            nbytes: slot.nbytes,
+            hash: slot.hash.as_deref(),
+            obstacle: slot.obstacle(),
+        }
+    }
+}
+
+fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let records = artifact.records();
+    let view = ArtifactView {
+        kind: "artifact",
+        file: artifact.path().display().to_string(),
+        model: &records.model,
+        weights: records.weights.as_deref(),
+        has_manifest: artifact.has_manifest(),
+        needs_proxy_executor: records.extern_nodes.is_some(),
+        slots: artifact.slots().iter().map(SlotView::from).collect(),
+        unused: artifact.unused(),
+        unrefittable: artifact.unrefittable(),
+    };
+    if json {
+        return output::json(out, &view);
+    }
+    let rows = artifact.slots().iter().map(|slot| {
+        let shape = format!("{:?}", slot.shape);
+        let mut remarks = Vec::new();
+        if !slot.aliases.is_empty() {
+            remarks.push(format!("also {}", slot.aliases.join(", ")));
+        }
+        if !slot.persistent {
+            remarks.push("not in a state_dict".to_owned());
+        }
+        if slot.mutated && artifact.has_manifest() {
+            remarks.push("written by the program".to_owned());
+        }
+        remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));
+        vec![slot.name.clone(), slot.dtype.to_string(), shape, output::bytes(slot.nbytes), remarks.join("; ")]
+    });
+    output::table(out, &["slot", "dtype", "shape", "bytes", "remarks"], &["bytes"], rows.collect())?;
+    for absent in artifact.unrefittable() {
+        writeln!(out, "cannot be refitted: {}: {}", absent.name, absent.reason)?;
+    }
+    for name in artifact.unused() {
+        writeln!(out, "never read by the program: {name}")?;
+    }
+    if artifact.weights_record().is_err() && !artifact.slots().is_empty() {
+        writeln!(out, "cannot be refitted yet: the weights are inside the library")?;
+    }
+    if !artifact.has_manifest() {
+        output::notices([
+            &"no manifest: small tensors may be compiled into the code, and ties are not known".to_owned()
+        ]);
+    }
+    let nbytes: u64 = artifact.slots().iter().map(|slot| slot.nbytes).sum();
+    writeln!(out, "AOTInductor package: {} slots, {} bytes", artifact.slots().len(), output::bytes(nbytes))?;
+    Ok(())
+}

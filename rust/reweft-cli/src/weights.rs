@@ -1,0 +1,126 @@
+//! `convert`, `plan`, `refit`, `verify`: what moves or compares weights.
+
+use std::io::Write;
+
+use reweft::plan::Finding;
+use reweft::source::Access;
+use reweft::{Artifact, Checkpoint, Limits, plan, write};
+
+use crate::args::{Allow, Convert, Pair, Plan, Refit, Verify};
+use crate::output;
+
+/// Gives whether the check found no difference; `convert` and `refit` check nothing.
+type Outcome = anyhow::Result<bool>;
+
+pub fn convert(command: &Convert, out: &mut dyn Write) -> Outcome {
+    let checkpoint = command.keys.open(&command.input)?;
+    let bar = output::progress(command.json);
+    let report = write::convert(&checkpoint, &command.output, command.shared.into(), &mut |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    if command.json {
+        output::json(out, &report)?;
+    } else {
+        output::notices(&report.notices);
+        for (key, kept) in &report.dropped_aliases {
+            output::notices([&format!("{key} has the bytes of {kept} and was left out")]);
+        }
+        if !report.not_carried.is_empty() {
+            let list = report.not_carried.join(", ");
+            output::notices([&format!("not tensors, so not in the file: {}", shorten(&list))]);
+        }
+        let (tensors, nbytes) = (report.tensors, output::bytes(report.nbytes));
+        writeln!(out, "{}: {tensors} tensors, {nbytes} bytes", command.output.display())?;
+    }
+    Ok(true)
+}
+
+/// Cuts a list that would fill the screen.
+fn shorten(text: &str) -> String {
+    const MOST: usize = 300;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{} ... (`reweft inspect` lists all)", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// Opens both files of a command and plans.
+fn prepare(pair: &Pair, allow: &Allow) -> anyhow::Result<(Artifact, Checkpoint, plan::Plan)> {
+    let artifact = Artifact::open(&pair.artifact, Access::Read, &Limits::default())?;
+    let checkpoint = pair.keys.open(&pair.checkpoint)?;
+    let plan = plan::plan(&artifact, &checkpoint, allow.into())?;
+    Ok((artifact, checkpoint, plan))
+}
+
+pub fn plan(command: &Plan, out: &mut dyn Write) -> Outcome {
+    let (artifact, checkpoint, plan) = prepare(&command.pair, &command.allow)?;
+    let refused = plan.blocking().count();
+    if command.json {
+        output::json(out, &plan)?;
+        return Ok(refused == 0);
+    }
+    let rows = plan.refills.iter().filter_map(|refill| {
+        let slot = artifact.slots().get(refill.slot)?;
+        let steps: Vec<String> = refill.recipe.0.iter().map(ToString::to_string).collect();
+        let shape = format!("{:?}", slot.shape);
+        Some(vec![slot.name.clone(), slot.dtype.to_string(), shape, output::bytes(slot.nbytes), steps.join(" | ")])
+    });
+    output::table(out, &["slot", "dtype", "shape", "bytes", "recipe"], &["bytes"], rows.collect())?;
+    output::notices(checkpoint.notices());
+    findings(out, &plan.findings)?;
+    let (count, nbytes, kept) = (plan.refills.len(), output::bytes(plan.nbytes()), plan.kept.len());
+    writeln!(out, "{count} slots to fill with {nbytes} bytes, {kept} kept, {refused} findings block a refit")?;
+    Ok(refused == 0)
+}
+
+fn findings(out: &mut dyn Write, findings: &[Finding]) -> anyhow::Result<()> {
+    for finding in findings {
+        let label = if finding.blocking { "blocks" } else { "note" };
+        writeln!(out, "{label}: {finding}")?;
+        if let Some(hint) = &finding.hint {
+            writeln!(out, "  hint: {hint}")?;
+        }
+    }
+    Ok(())
+}
+
+pub fn refit(command: &Refit, out: &mut dyn Write) -> Outcome {
+    let (artifact, checkpoint, plan) = prepare(&command.pair, &command.allow)?;
+    let bar = output::progress(command.json);
+    let report = write::refit(&plan, &artifact, &checkpoint, &command.output, &mut |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    if command.json {
+        output::json(out, &report)?;
+    } else {
+        output::notices(&report.notices);
+        let (path, slots, changed) = (command.output.display(), report.slots, report.slots_changed);
+        let (nbytes, kept) = (output::bytes(report.nbytes), report.kept.len());
+        writeln!(out, "{path}: {slots} slots filled with {nbytes} bytes, {changed} of them changed, {kept} kept")?;
+    }
+    Ok(true)
+}
+
+pub fn verify(command: &Verify, out: &mut dyn Write) -> Outcome {
+    let (artifact, checkpoint, plan) = prepare(&command.pair, &command.allow)?;
+    let bar = output::progress(command.json);
+    let report = write::verify(&plan, &artifact, &checkpoint, &mut |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    if command.json {
+        output::json(out, &report)?;
+        return Ok(report.equal);
+    }
+    output::notices(checkpoint.notices());
+    findings(out, &report.differences)?;
+    let (slots, nbytes) = (report.slots, output::bytes(report.nbytes));
+    let verdict = if report.equal { "equal" } else { "different" };
+    writeln!(out, "{verdict}: {slots} slots, {nbytes} bytes compared")?;
+    Ok(report.equal)
+}

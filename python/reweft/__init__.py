@@ -1,0 +1,60 @@
+"""Put new weights into compiled models: exactly, all or nothing, without recompiling.
+
+`open` reads checkpoints without running them, `convert` writes safetensors, `plan`, `refit` and `verify` put a
+checkpoint's weights into a compiled package and show that they are there. None of this imports torch;
+`reweft.torch` traces, runs and refits live models.
+"""
+
+from __future__ import annotations
+
+from reweft.checkpoint import Checkpoint, TensorInfo, open  # noqa: A004  (`reweft.open` is the name)
+from reweft.errors import (
+    FormatError,
+    IoError,
+    KeyCollisionError,
+    LimitError,
+    MismatchError,
+    NotFoundError,
+    ReweftError,
+    RunError,
+    UnsupportedError,
+    UsageError,
+)
+from reweft.keymap import KeyMap
+from reweft.refitting import (
+    ConvertReport,
+    Finding,
+    Plan,
+    RefitReport,
+    VerifyReport,
+    convert,
+    plan,
+    refit,
+    verify,
+)
+
+__all__ = [
+    "Checkpoint",
+    "ConvertReport",
+    "Finding",
+    "FormatError",
+    "IoError",
+    "KeyCollisionError",
+    "KeyMap",
+    "LimitError",
+    "MismatchError",
+    "NotFoundError",
+    "Plan",
+    "RefitReport",
+    "ReweftError",
+    "RunError",
+    "TensorInfo",
+    "UnsupportedError",
+    "UsageError",
+    "VerifyReport",
+    "convert",
+    "open",
+    "plan",
+    "refit",
+    "verify",
+]

@@ -1,0 +1,326 @@
+"""Plans, refits, comparisons and conversions of files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reweft import _core
+from reweft.checkpoint import Checkpoint
+from reweft.checkpoint import open as open_checkpoint
+
+if TYPE_CHECKING:
+    import os
+
+    from reweft.keymap import KeyMap
+
+__all__ = [
+    "ConvertReport",
+    "Finding",
+    "Plan",
+    "RefitReport",
+    "VerifyReport",
+    "convert",
+    "plan",
+    "refit",
+    "verify",
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know before a refit."""
+
+    kind: str
+    """`missing`, `unused`, `not-read`, `baked`, `unrefittable`, `unreadable`, `shape`, `dtype`, `tied`, `value`."""
+    blocking: bool
+    """Whether it stops a refit."""
+    slot: str | None
+    """The slot, if it is about one."""
+    key: str | None
+    """The key, if it is about one."""
+    what: str
+    """What it says."""
+    found: str | None
+    """Dtype and shape in the checkpoint."""
+    wanted: str | None
+    """Dtype and shape of the slot."""
+    hint: str | None
+    """What to do about it."""
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did."""
+
+    out: Path
+    """The file that was written, or the model that was refitted."""
+    slots: int
+    """Slots that keys filled."""
+    slots_changed: int
+    """Of these, slots whose bytes are other than before."""
+    kept: tuple[str, ...]
+    """Slots that kept their bytes."""
+    nbytes: int
+    """Bytes that were filled in."""
+    notices: tuple[str, ...]
+    """What a careful reader should know."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a comparison found."""
+
+    equal: bool
+    """Whether every slot holds its key's bytes."""
+    slots: int
+    """Slots that were compared."""
+    nbytes: int
+    """Bytes that were compared."""
+    differences: tuple[Finding, ...]
+    """Slots that differ, and what stood against a comparison."""
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did."""
+
+    out: Path
+    """The file that was written."""
+    tensors: int
+    """Tensors in it."""
+    nbytes: int
+    """Bytes of all tensors."""
+    dropped_aliases: dict[str, str]
+    """Keys left out because another key has the same bytes, with that key."""
+    not_carried: tuple[str, ...]
+    """What the checkpoint holds that is no tensor."""
+    notices: tuple[str, ...]
+    """What a careful reader should know."""
+
+
+class Plan:
+    """The checked list of replacements that `plan` made. Nothing has been written."""
+
+    def __init__(self, core: _core.Plan) -> None:
+        self._core = core
+        self._data: dict[str, Any] = json.loads(core.to_json())
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Everything that was found, blocking or not."""
+        return [Finding(**finding) for finding in self._data["findings"]]
+
+    @property
+    def recipes(self) -> dict[str, list[dict[str, Any]]]:
+        """For every slot that gets new bytes, the steps that make them."""
+        return {refill["name"]: refill["recipe"] for refill in self._data["refills"]}
+
+    @property
+    def kept(self) -> list[str]:
+        """Slots that stay as they are."""
+        return list(self._data["kept"])
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing stops a refit."""
+        return not any(finding["blocking"] for finding in self._data["findings"])
+
+    def check(self) -> None:
+        """Do nothing if the plan can be carried out.
+
+        Raises:
+            MismatchError: A finding blocks it; the message lists all that do.
+        """
+        self._core.check()
+
+    def to_json(self) -> str:
+        """The whole plan as JSON."""
+        return self._core.to_json()
+
+    def __len__(self) -> int:
+        return len(self._core)
+
+    def __repr__(self) -> str:
+        state = "ok" if self.ok else f"{sum(finding.blocking for finding in self.findings)} findings block it"
+        return f"<Plan {self._data['checkpoint']!r} -> {self._data['artifact']!r}: {len(self)} slots, {state}>"
+
+
+def _opened(
+    checkpoint: str | os.PathLike[str] | Checkpoint, top_level_key: str | None, keys: KeyMap | None
+) -> Checkpoint:
+    if isinstance(checkpoint, Checkpoint):
+        if top_level_key is not None:
+            raise TypeError("top_level_key belongs to the call that opened the checkpoint")
+        return checkpoint if keys is None else checkpoint.rekey(keys)
+    return open_checkpoint(checkpoint, top_level_key=top_level_key, keys=keys)
+
+
+def plan(
+    artifact: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    *,
+    top_level_key: str | None = None,
+    keys: KeyMap | None = None,
+    allow_cast: bool = False,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> Plan:
+    """Match the slots of `artifact` with the keys of `checkpoint` and say everything that speaks against it.
+
+    Reads metadata, and the bytes of tied keys that the checkpoint stores more than once.
+
+    Args:
+        artifact: A compiled `.pt2` package.
+        checkpoint: A file, or a checkpoint that `reweft.open` gave.
+        top_level_key: Dotted path of the dict that holds the weights.
+        keys: Rules from keys to slot names; None means identical names.
+        allow_cast: Convert between float dtypes, rounding to nearest even.
+        allow_missing: Leave slots as they are for which there is no key.
+        allow_unused: Leave out keys for which there is no slot.
+
+    Raises:
+        FormatError: A file is damaged.
+        UnsupportedError: A file is of a kind that reweft does not handle.
+        IoError: A file cannot be read.
+    """
+    opened = _opened(checkpoint, top_level_key, keys)
+    core = _core.plan(
+        artifact,
+        opened._core,  # noqa: SLF001  (one package)
+        cast=allow_cast,
+        missing=allow_missing,
+        unused=allow_unused,
+    )
+    return Plan(core)
+
+
+def refit(
+    artifact: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    *,
+    out: str | os.PathLike[str],
+    top_level_key: str | None = None,
+    keys: KeyMap | None = None,
+    allow_cast: bool = False,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> RefitReport:
+    """Write a copy of `artifact` whose slots hold the tensors of `checkpoint`.
+
+    Reads and writes the whole package once; one slot is in memory at a time. `out` appears whole or not at all, and
+    may be `artifact` itself, which is then replaced by a rename.
+
+    Args:
+        artifact: A compiled `.pt2` package.
+        checkpoint: A file, or a checkpoint that `reweft.open` gave.
+        out: The file to write.
+        top_level_key: Dotted path of the dict that holds the weights.
+        keys: Rules from keys to slot names; None means identical names.
+        allow_cast: Convert between float dtypes, rounding to nearest even.
+        allow_missing: Leave slots as they are for which there is no key.
+        allow_unused: Leave out keys for which there is no slot.
+
+    Raises:
+        MismatchError: A slot and its tensor differ in shape or dtype, a slot or key is left over, tied keys differ, or
+            a weight was compiled into the code. Nothing has been written.
+        FormatError: A file is damaged; `out` is as it was.
+        UnsupportedError: A file is of a kind that reweft does not handle.
+        IoError: Reading or writing failed; `out` is as it was.
+    """
+    planned = plan(
+        artifact,
+        checkpoint,
+        top_level_key=top_level_key,
+        keys=keys,
+        allow_cast=allow_cast,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+    )
+    return refit_report(_core.refit(planned._core, out))  # noqa: SLF001  (one package)
+
+
+def refit_report(text: str) -> RefitReport:
+    """Make a report of the JSON that the engine gives."""
+    data = json.loads(text)
+    return RefitReport(
+        out=Path(data["out"]),
+        slots=data["slots"],
+        slots_changed=data["slots_changed"],
+        kept=tuple(data["kept"]),
+        nbytes=data["nbytes"],
+        notices=tuple(data["notices"]),
+    )
+
+
+def verify(
+    artifact: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    *,
+    top_level_key: str | None = None,
+    keys: KeyMap | None = None,
+    allow_cast: bool = False,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> VerifyReport:
+    """Compare the slots of `artifact` with the tensors of `checkpoint`, byte for byte.
+
+    Reads all weight bytes of both. Arguments are those of `plan`.
+
+    Raises:
+        FormatError: A file is damaged.
+        UnsupportedError: A file is of a kind that reweft does not handle.
+        IoError: A file cannot be read.
+    """
+    planned = plan(
+        artifact,
+        checkpoint,
+        top_level_key=top_level_key,
+        keys=keys,
+        allow_cast=allow_cast,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+    )
+    data = json.loads(_core.verify(planned._core))  # noqa: SLF001  (one package)
+    differences = tuple(Finding(**finding) for finding in data["differences"])
+    return VerifyReport(data["equal"], data["slots"], data["nbytes"], differences)
+
+
+def convert(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    top_level_key: str | None = None,
+    keys: KeyMap | None = None,
+    shared: Literal["error", "duplicate", "drop-aliases"] = "error",
+) -> ConvertReport:
+    """Write a checkpoint as one safetensors file.
+
+    Reads all bytes once and checks every CRC; one tensor is in memory at a time. `out` appears whole or not at all.
+
+    Args:
+        checkpoint: A file, or a checkpoint that `reweft.open` gave.
+        out: The file to write.
+        top_level_key: Dotted path of the dict that holds the weights.
+        keys: Which keys, under which names.
+        shared: What to do with tensors that share bytes, which safetensors cannot say: refuse, write the bytes for
+            each key, or write only the first key.
+
+    Raises:
+        UnsupportedError: A tensor cannot be read, or safetensors has no such dtype.
+        MismatchError: Tensors share bytes and `shared` does not settle it.
+        FormatError: The file is damaged; `out` is as it was.
+        IoError: Reading or writing failed; `out` is as it was.
+    """
+    opened = _opened(checkpoint, top_level_key, keys)
+    data = json.loads(_core.convert(opened._core, out, shared))  # noqa: SLF001  (one package)
+    return ConvertReport(
+        out=Path(data["out"]),
+        tensors=data["tensors"],
+        nbytes=data["nbytes"],
+        dropped_aliases=data["dropped_aliases"],
+        not_carried=tuple(data["not_carried"]),
+        notices=tuple(data["notices"]),
+    )

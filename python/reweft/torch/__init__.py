@@ -1,0 +1,22 @@
+"""Trace, run and refit live models. The only part of reweft that imports torch.
+
+`trace` compiles a module so that every weight can be replaced, `save` and `load` move it to and from `.pt2` packages
+that torch's own loader reads too, `replace_weights` puts new weights into a model that is serving.
+"""
+
+from __future__ import annotations
+
+from reweft.torch.compiled import CompiledModule, ReplaceReport, load, replace_weights, save
+from reweft.torch.tensors import checkpoint_of, tensor
+from reweft.torch.tracing import trace
+
+__all__ = [
+    "CompiledModule",
+    "ReplaceReport",
+    "checkpoint_of",
+    "load",
+    "replace_weights",
+    "save",
+    "tensor",
+    "trace",
+]

@@ -1,0 +1,97 @@
+"""Between torch tensors and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from reweft import _core
+from reweft.checkpoint import Checkpoint
+from reweft.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from reweft.checkpoint import TensorInfo
+
+__all__ = ["checkpoint_of", "dtype_name", "tensor"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(info: TensorInfo) -> torch.Tensor:
+    """Make a torch tensor of a checkpoint's tensor, in row-major order.
+
+    Copies the bytes once, so that the tensor may be written to.
+
+    Raises:
+        UnsupportedError: The installed torch has no such dtype.
+        FormatError: The file is truncated or damaged.
+        IoError: It cannot be read.
+    """
+    dtype = getattr(torch, info.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedError(f"{info.key!r}: torch {torch.__version__} has no dtype {info.dtype}")
+    made = torch.empty(info.shape, dtype=dtype)
+    if info.nbytes:
+        made.view(-1).view(torch.uint8).numpy()[:] = info.read()
+    return made
+
+
+def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dict") -> Checkpoint:
+    """See tensors in memory as a checkpoint: same checks, shared storages and strides kept, no byte copied.
+
+    The checkpoint reads the tensors' own memory; do not change them while it is in use.
+
+    Args:
+        state_dict: Keys and tensors. They must be on the CPU, dense and not quantised; wrapper subclasses
+            (DTensor, quantised weights) are refused.
+        name: Stands for the file in messages.
+
+    Raises:
+        UnsupportedError: A value is not such a tensor; the message names the key.
+
+    Example:
+        >>> checkpoint_of({"a": torch.zeros(2, 3)})["a"].shape
+        (2, 3)
+    """
+    storages: list[torch.Tensor] = []
+    numbers: dict[int, int] = {}
+    rows: list[tuple[str, str, list[int], list[int], int, int]] = []
+    for key, value in state_dict.items():
+        held = _plain(key, value, name)
+        storage = held.untyped_storage()
+        number = numbers.get(storage.data_ptr()) if storage.nbytes() else None
+        if number is None:
+            number = len(storages)
+            numbers[storage.data_ptr()] = number
+            storages.append(torch.empty(0, dtype=torch.uint8).set_(storage))
+        dtype, offset = dtype_name(held.dtype), int(held.storage_offset())
+        rows.append((key, dtype, list(held.shape), list(held.stride()), number, offset))
+    core = _core.Checkpoint.from_buffers(Path(name), [held.numpy() for held in storages], rows)
+    return Checkpoint(core)
+
+
+def _plain(key: str, value: object, name: str) -> torch.Tensor:
+    """The tensor itself, if its bytes are all there is to it.
+
+    Raises:
+        UnsupportedError: They are not.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedError(f"{name}: {key!r}: a {type(value).__name__}, not a tensor")
+    if type(value) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
+        raise UnsupportedError(f"{name}: {key!r}: a tensor subclass, {type(value).__name__}")
+    held = value.detach()
+    if held.device.type != "cpu":
+        hint = "hint: move it with .cpu() first"
+        raise UnsupportedError(f"{name}: {key!r}: a tensor on {held.device}, wanted cpu\n{hint}")
+    if held.layout != torch.strided or held.is_quantized or held.is_nested:
+        raise UnsupportedError(f"{name}: {key!r}: a tensor of layout {held.layout}, wanted a dense one")
+    # Pending conjugation and negation are bits of the tensor, not of its bytes.
+    return held.resolve_conj().resolve_neg()

@@ -1,0 +1,183 @@
+//! Checkpoints, tensors and key maps for Python.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use reweft::source::{Access, Source};
+use reweft::{Dtype, OpenOptions, Rule};
+
+use crate::buffer::{Borrowed, Buffer};
+use crate::error::Result;
+
+/// An ordered list of rules and a selection; see `reweft.KeyMap`.
+#[pyclass(frozen, module = "reweft._core")]
+pub struct KeyMap(pub reweft::KeyMap);
+
+/// Pairs of key and name, keys that were dropped, patterns that matched nothing.
+type Mapped = (Vec<(String, String)>, Vec<String>, Vec<String>);
+
+#[pymethods]
+impl KeyMap {
+    #[new]
+    fn new(rules: Vec<(String, String)>, select: Vec<String>) -> Result<Self> {
+        let mut keys = reweft::KeyMap::new();
+        for pattern in &select {
+            keys = keys.select(pattern)?;
+        }
+        for (pattern, replacement) in &rules {
+            keys = keys.rule(Rule::new(pattern, replacement)?);
+        }
+        Ok(Self(keys))
+    }
+
+    /// Name by key, keys that were dropped, and rules that matched nothing.
+    fn apply(&self, keys: Vec<String>) -> Result<Mapped> {
+        let mapped = self.0.apply(keys.iter().map(String::as_str))?;
+        Ok((mapped.names.into_iter().collect(), mapped.dropped, mapped.idle_rules))
+    }
+}
+
+/// What is known of a tensor without its bytes.
+#[pyclass(frozen, get_all, module = "reweft._core")]
+pub struct TensorInfo {
+    dtype: &'static str,
+    shape: Vec<u64>,
+    strides: Vec<u64>,
+    storage: usize,
+    storage_offset: u64,
+    nbytes: u64,
+    numpy: Option<&'static str>,
+}
+
+impl From<&reweft::TensorInfo> for TensorInfo {
+    fn from(info: &reweft::TensorInfo) -> Self {
+        Self {
+            dtype: info.dtype.name(),
+            shape: info.shape.clone(),
+            strides: info.strides.clone(),
+            storage: info.storage,
+            storage_offset: info.storage_offset,
+            nbytes: info.nbytes(),
+            numpy: info.dtype.numpy(),
+        }
+    }
+}
+
+/// An open checkpoint.
+#[pyclass(frozen, module = "reweft._core")]
+pub struct Checkpoint(pub Arc<reweft::Checkpoint>);
+
+/// Key, dtype, shape, strides, storage number, storage offset.
+type TensorRow = (String, String, Vec<u64>, Vec<u64>, usize, u64);
+
+#[pymethods]
+impl Checkpoint {
+    /// Opens a file.
+    #[staticmethod]
+    #[pyo3(signature = (path, *, top_level_key, keys, mmap))]
+    fn open(
+        py: Python<'_>,
+        path: PathBuf,
+        top_level_key: Option<String>,
+        keys: Option<&KeyMap>,
+        mmap: bool,
+    ) -> Result<Self> {
+        let access = if mmap { Access::Map } else { Access::Read };
+        let options = OpenOptions { access, top_level_key, ..OpenOptions::default() };
+        py.detach(|| {
+            let checkpoint = reweft::Checkpoint::open(&path, &options)?;
+            let checkpoint = match keys {
+                Some(keys) => checkpoint.rekey(&keys.0)?,
+                None => checkpoint,
+            };
+            Ok(Self(Arc::new(checkpoint)))
+        })
+    }
+
+    /// Makes a checkpoint of buffers; they are borrowed, not copied.
+    #[staticmethod]
+    fn from_buffers(name: PathBuf, storages: Vec<Bound<'_, PyAny>>, tensors: Vec<TensorRow>) -> PyResult<Self> {
+        let storages: PyResult<Vec<Source>> =
+            storages.iter().map(|object| Ok(Arc::new(Borrowed::new(object)?) as Source)).collect();
+        Ok(from_rows(&name, storages?, tensors)?)
+    }
+
+    fn rekey(&self, keys: &KeyMap) -> Result<Self> {
+        Ok(Self(Arc::new(self.0.rekey(&keys.0)?)))
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.0.path().to_owned()
+    }
+
+    #[getter]
+    fn format(&self) -> &'static str {
+        self.0.format().name()
+    }
+
+    fn keys(&self) -> Vec<String> {
+        self.0.keys().map(str::to_owned).collect()
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    fn __contains__(&self, key: &str) -> bool {
+        self.0.contains(key)
+    }
+
+    fn info(&self, key: &str) -> Result<TensorInfo> {
+        Ok(self.0.get(key)?.into())
+    }
+
+    /// The bytes of a tensor in row-major order.
+    fn read(&self, py: Python<'_>, key: &str) -> Result<Buffer> {
+        Ok(Buffer::owned(py.detach(|| self.0.read(key))?))
+    }
+
+    /// The bytes that a tensor's elements lie in, without a copy, or None where they must be read.
+    fn view(&self, py: Python<'_>, key: &str) -> Result<Option<Buffer>> {
+        let info = self.0.get(key)?;
+        let (start, nbytes) = info.window(self.0.storage_of(info).nbytes)?;
+        let start = reweft::source::to_usize(start)?;
+        let end = start + reweft::source::to_usize(nbytes)?;
+        Ok(py.detach(|| Buffer::of_storage(&self.0, info.storage, start..end))?)
+    }
+
+    fn unreadable(&self) -> Vec<(String, String)> {
+        self.0.unreadable().map(|(key, why)| (key.to_owned(), why.to_owned())).collect()
+    }
+
+    fn values(&self) -> Vec<(String, String)> {
+        self.0.values().iter().map(|value| (value.path.clone(), value.what.clone())).collect()
+    }
+
+    fn unknown_globals(&self) -> Vec<String> {
+        self.0.unknown_globals().to_vec()
+    }
+
+    fn metadata(&self) -> Vec<(String, String)> {
+        self.0.metadata().iter().map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    fn notices(&self) -> Vec<String> {
+        self.0.notices().to_vec()
+    }
+}
+
+fn from_rows(name: &Path, storages: Vec<Source>, tensors: Vec<TensorRow>) -> Result<Checkpoint> {
+    let tensors: reweft::Result<Vec<_>> = tensors
+        .into_iter()
+        .map(|(key, dtype, shape, strides, storage, storage_offset)| {
+            let Some(dtype) = Dtype::from_name(&dtype) else {
+                let what = format!("dtype {dtype} is not known");
+                return Err(reweft::Error::new(reweft::ErrorKind::Unsupported, what).of_key(key));
+            };
+            Ok((key, reweft::TensorInfo { dtype, shape, strides, storage, storage_offset }))
+        })
+        .collect();
+    Ok(Checkpoint(Arc::new(reweft::Checkpoint::from_memory(name, storages, tensors?)?)))
+}

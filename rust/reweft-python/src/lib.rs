@@ -1,0 +1,25 @@
+//! `reweft._core`: the engine's types for Python. Registration and conversion; every decision is in the engine.
+
+#![allow(clippy::needless_pass_by_value, reason = "the interpreter's values are extracted, not borrowed")]
+#![allow(missing_debug_implementations, reason = "Python sees the repr of the Python classes")]
+
+mod buffer;
+mod checkpoint;
+mod error;
+mod handles;
+mod model;
+mod weights;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::buffer::Buffer;
+    #[pymodule_export]
+    use crate::checkpoint::{Checkpoint, KeyMap, TensorInfo};
+    #[pymodule_export]
+    use crate::model::Model;
+    #[pymodule_export]
+    use crate::weights::{Plan, convert, main, plan, refit, seal, verify};
+}

@@ -1,0 +1,113 @@
+//! Plans, refits and conversions for Python. Reports cross as JSON, which Python makes dataclasses of.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use reweft::artifact::manifest::{self, Origins};
+use reweft::source::Access;
+use reweft::{Artifact, Error, ErrorKind, Limits, plan as engine, write};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+
+/// A checked list of replacements, with the files it is of.
+#[pyclass(frozen, module = "reweft._core")]
+pub struct Plan {
+    inner: engine::Plan,
+    artifact: Artifact,
+    checkpoint: Arc<reweft::Checkpoint>,
+}
+
+#[pymethods]
+impl Plan {
+    /// The whole plan.
+    fn to_json(&self) -> Result<String> {
+        Ok(self.inner.to_json()?)
+    }
+
+    /// Raises `MismatchError` if a finding blocks a refit.
+    fn check(&self) -> Result<()> {
+        Ok(self.inner.check()?)
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.refills.len()
+    }
+}
+
+/// A report as JSON.
+pub fn to_json(value: &impl serde::Serialize) -> Result<String> {
+    Ok(serde_json::to_string(value).map_err(|error| Error::new(ErrorKind::Usage, error.to_string()))?)
+}
+
+/// Plans a refit. Reads metadata, and tied keys that are stored twice.
+#[pyfunction]
+#[pyo3(signature = (artifact, checkpoint, *, cast, missing, unused))]
+pub fn plan(
+    py: Python<'_>,
+    artifact: PathBuf,
+    checkpoint: &Checkpoint,
+    cast: bool,
+    missing: bool,
+    unused: bool,
+) -> Result<Plan> {
+    let checkpoint = Arc::clone(&checkpoint.0);
+    py.detach(|| {
+        let artifact = Artifact::open(&artifact, Access::Read, &Limits::default())?;
+        let plan = engine::plan(&artifact, &checkpoint, engine::Allow { cast, missing, unused })?;
+        Ok(Plan { inner: plan, artifact, checkpoint })
+    })
+}
+
+/// Carries a plan out as a copy; gives the report as JSON.
+#[pyfunction]
+pub fn refit(py: Python<'_>, plan: &Plan, out: PathBuf) -> Result<String> {
+    let Plan { inner, artifact, checkpoint } = plan;
+    py.detach(|| to_json(&write::refit(inner, artifact, checkpoint, &out, &mut |_, _| ())?))
+}
+
+/// Compares slots with the checkpoint; gives the report as JSON.
+#[pyfunction]
+pub fn verify(py: Python<'_>, plan: &Plan) -> Result<String> {
+    let Plan { inner, artifact, checkpoint } = plan;
+    py.detach(|| to_json(&write::verify(inner, artifact, checkpoint, &mut |_, _| ())?))
+}
+
+/// Writes safetensors; gives the report as JSON.
+#[pyfunction]
+pub fn convert(py: Python<'_>, checkpoint: &Checkpoint, out: PathBuf, shared: &str) -> Result<String> {
+    let shared = match shared {
+        "error" => write::Shared::Error,
+        "duplicate" => write::Shared::Duplicate,
+        "drop-aliases" => write::Shared::DropAliases,
+        other => {
+            let what = format!("shared is {other:?}, wanted \"error\", \"duplicate\" or \"drop-aliases\"");
+            return Err(Error::new(ErrorKind::Usage, what).into());
+        }
+    };
+    py.detach(|| to_json(&write::convert(&checkpoint.0, &out, shared, &mut |_, _| ())?))
+}
+
+/// Writes a copy of a fresh package with a manifest made of `origins` (JSON).
+#[pyfunction]
+pub fn seal(py: Python<'_>, package: PathBuf, origins: &str, out: PathBuf) -> Result<()> {
+    let origins: Origins =
+        serde_json::from_str(origins).map_err(|error| Error::new(ErrorKind::Usage, format!("origins: {error}")))?;
+    py.detach(|| manifest::seal(&package, &origins, &out))?;
+    Ok(())
+}
+
+/// Writes a live model's package with the weights it runs on.
+pub fn save_live(model: &reweft_runtime::Model, out: &std::path::Path) -> Result<String> {
+    let state = model.state()?;
+    let plan = engine::plan(model.artifact(), &state, engine::Allow::default())?;
+    to_json(&write::refit(&plan, model.artifact(), &state, out, &mut |_, _| ())?)
+}
+
+/// Runs the `reweft` command; gives its exit code.
+#[pyfunction]
+pub fn main(py: Python<'_>, args: Vec<OsString>) -> u8 {
+    py.detach(|| reweft_cli::run(args))
+}

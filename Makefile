@@ -6,7 +6,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export CARGO_TERM_COLOR ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench format lint test-rust test-python clean
+.PHONY: help setup build demo test bench format lint test-rust test-python bless clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +35,8 @@ lint: build ## Formatting, clippy, ruff, types and stubs
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps --workspace --exclude reweft-python
-	$(BIN)/ruff format --check --quiet python tests
-	$(BIN)/ruff check --quiet python tests
+	$(BIN)/ruff format --check --quiet python tests fixtures
+	$(BIN)/ruff check --quiet python tests fixtures
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --ignore-unused-allowlist --allowlist tests/stubtest-allowlist.txt reweft._core
 
@@ -49,10 +49,13 @@ test-python: build ## pytest
 bench: build ## Compare with the peers, in one run
 	$(BIN)/python -m tests.bench
 
+bless: setup ## Accept the present output as the expected one
+	BLESS=1 cargo test --quiet -p reweft-cli --test it
+
 format: setup ## Format everything
 	cargo fmt --all
-	$(BIN)/ruff format --quiet python tests
-	$(BIN)/ruff check --quiet --fix python tests
+	$(BIN)/ruff format --quiet python tests fixtures
+	$(BIN)/ruff check --quiet --fix python tests fixtures
 
 clean: ## Remove build products; .venv stays
 	cargo clean

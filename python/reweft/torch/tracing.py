@@ -27,6 +27,9 @@ _KEEP_CONSTANTS: dict[str, Any] = {
     "always_keep_tensor_constants": True,
     # Chains of one-element weights are computed at run time.
     "joint_graph_constant_folding": False,
+    # Both replace weights by values made of them, whatever the user's global configuration says.
+    "freezing": False,
+    "aot_inductor.use_runtime_constant_folding": False,
 }
 _WEIGHTS_BESIDE_LIBRARY: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
@@ -144,7 +147,8 @@ def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Ori
             names=names,
             persistent=any(name in persistent for name in names),
             mutated=any(name in mutated for name in names),
-            used=any(name in used or name in mutated for name in names),
+            # The compiler keeps one row for all empty tensors; there is nothing in them to replace.
+            used=values[names[0]].numel() > 0 and any(name in used or name in mutated for name in names),
         )
         for names in groups.values()
     ]

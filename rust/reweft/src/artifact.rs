@@ -69,9 +69,14 @@ impl Slot {
         std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
     }
 
+    /// Whether the compiler made its value of several weights, as `freezing=True` does.
+    pub fn is_folded(&self) -> bool {
+        self.name.starts_with("_frozen_param")
+    }
+
     /// Why new weights cannot go here, if so.
     pub fn obstacle(&self) -> Option<&'static str> {
-        if self.name.starts_with("_frozen_param") {
+        if self.is_folded() {
             Some("the compiler folded or packed weights into it (freezing=True); its value is not a key's")
         } else if self.name.starts_with("_tensor_constant") {
             Some("a tensor attribute that the compiler lifted out under a number; its name is not recorded")

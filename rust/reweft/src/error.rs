@@ -101,7 +101,11 @@ impl Error {
     /// Adds the key or slot.
     #[must_use]
     pub fn of_key(mut self, key: impl Into<String>) -> Self {
-        self.0.key.get_or_insert_with(|| key.into());
+        let key = key.into();
+        // The root of a file has no key to name.
+        if !key.is_empty() {
+            self.0.key.get_or_insert(key);
+        }
         self
     }
 

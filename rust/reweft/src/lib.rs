@@ -1,7 +1,7 @@
 //! The reweft engine: checkpoints, compiled artifacts, and plans that put the one into the other.
 //!
 //! Data flows one way. A [`Checkpoint`] and an [`Artifact`] are opened by reading metadata only; a [`KeyMap`] renames
-//! keys; [`plan::plan`] matches slots and keys and says everything that speaks against it; [`write`] carries a plan
+//! keys; [`plan::plan`] matches slots and keys and says everything that speaks against it; [`mod@write`] carries a plan
 //! out. Nothing in a file is ever executed.
 //!
 //! ```no_run

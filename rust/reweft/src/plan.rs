@@ -162,6 +162,12 @@ impl<'a> Planner<'a> {
     fn refill(&mut self, number: usize, slot: &'a Slot) -> Result<Option<Refill>> {
         let keys: Vec<&str> = slot.names().filter(|name| self.checkpoint.contains(name)).collect();
         self.used.extend(&keys);
+        if slot.is_folded() {
+            // Not even on request: the other slots would get new weights and this one would keep the old ones.
+            let why = slot.obstacle().unwrap_or_default();
+            self.findings.push(Finding::new(FindingKind::Unrefittable, why).slot(slot));
+            return Ok(None);
+        }
         let Some(key) = keys.first() else {
             let finding = self.missing(slot);
             self.findings.push(finding);
@@ -194,7 +200,11 @@ impl<'a> Planner<'a> {
             return finding.allowed("it keeps its value, as asked");
         }
         let free = self.checkpoint.keys().filter(|key| !self.slot_names.contains(key));
-        let hint = self.suggestions.next().map(|_| suggest(&slot.name, free));
+        let hint = self.suggestions.next().map(|_| {
+            let mut keys = self.checkpoint.keys();
+            let prefixed = keys.find_map(|key| Some((key, slot.names().find_map(|name| prefix(key, name))?)));
+            prefixed.map_or_else(|| suggest(&slot.name, free), |(key, prefix)| prefix_hint(key, prefix))
+        });
         Finding { hint, ..finding }
     }
 
@@ -250,6 +260,8 @@ impl<'a> Planner<'a> {
                 Finding::new(FindingKind::NotRead, "the program does not read it").key(key).allowed("left out")
             } else if let Some(reason) = self.baked.get(key) {
                 Finding::new(FindingKind::Baked, *reason).key(key).hint(KEEP_CONSTANTS)
+            } else if let Some(prefix) = self.prefix_before_a_slot(key) {
+                Finding::new(FindingKind::Unused, "no slot has this name").key(key).hint(prefix_hint(key, prefix))
             } else if !artifact.has_manifest() && self.may_be_literal(key) {
                 let what = "no slot has this name; tensors this small are compiled into the code by default";
                 Finding::new(FindingKind::Baked, what).key(key).hint(KEEP_CONSTANTS)
@@ -258,6 +270,13 @@ impl<'a> Planner<'a> {
             };
             self.findings.push(finding);
         }
+    }
+
+    /// What stands before the name of a slot that is still empty, if the key ends in one.
+    fn prefix_before_a_slot<'k>(&self, key: &'k str) -> Option<&'k str> {
+        let names = key.match_indices('.').map(|(dot, _)| key.split_at(dot + 1));
+        let mut empty = names.filter(|(_, name)| self.slot_names.contains(name) && !self.used.contains(name));
+        empty.next().filter(|_| !self.allow.unused).map(|(prefix, _)| prefix)
     }
 
     /// AOTInductor writes tensors of no dimension, or of one with up to 8 elements, into the code unless told not to.
@@ -287,6 +306,16 @@ impl<'a> Planner<'a> {
             });
         }
     }
+}
+
+/// What stands before `name` in a dotted key.
+fn prefix<'k>(key: &'k str, name: &str) -> Option<&'k str> {
+    key.strip_suffix(name).filter(|prefix| prefix.ends_with('.'))
+}
+
+fn prefix_hint(key: &str, prefix: &str) -> String {
+    let pattern = regex::escape(prefix);
+    format!("{key:?} has it behind a prefix; --remap '^{pattern}=' takes it off, or --top-level-key a dict's name")
 }
 
 const KEEP_CONSTANTS: &str = "compile with reweft.torch.trace, or with always_keep_tensor_constants=True and \

@@ -1,0 +1,14 @@
+//! The public face of the engine on real files.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod checkpoints;
+mod hostile;
+mod packages;
+
+use std::path::{Path, PathBuf};
+
+/// A file of the fixtures' folder.
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}

@@ -1,0 +1,250 @@
+//! Packages: sealing, planning, refitting, verifying.
+
+use std::path::{Path, PathBuf};
+
+use reweft::artifact::manifest::{Input, Origin, Origins, seal};
+use reweft::plan::{Allow, FindingKind, Plan, plan};
+use reweft::source::{Access, Source};
+use reweft::tensor::contiguous;
+use reweft::write::{refit, verify};
+use reweft::{Artifact, Checkpoint, Dtype, ErrorKind, Limits, OpenOptions, Result, TensorInfo};
+
+use crate::fixture;
+
+fn artifact(path: &Path) -> Artifact {
+    Artifact::open(path, Access::Read, &Limits::default()).unwrap()
+}
+
+fn checkpoint(name: &str) -> Checkpoint {
+    Checkpoint::open(&fixture(name), &OpenOptions::default()).unwrap()
+}
+
+fn origin(names: &[&str], used: bool) -> Origin {
+    let names = names.iter().map(|name| (*name).to_owned()).collect();
+    Origin { names, persistent: true, mutated: false, used }
+}
+
+/// The plain package with a manifest: a tied weight, a tensor nobody reads, one that was compiled into the code.
+fn sealed(folder: &Path) -> PathBuf {
+    let tensors = vec![
+        origin(&["fc.weight", "head.weight"], true),
+        origin(&["fc.bias"], true),
+        origin(&["steps"], true),
+        origin(&["unread"], false),
+        origin(&["baked"], true),
+    ];
+    let input = Input {
+        name: "x".into(),
+        dtype: "float32".into(),
+        shape: vec![1, 3],
+        strides: vec![3, 1],
+        device: "cpu".into(),
+    };
+    let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), inputs: vec![input], tensors };
+    let out = folder.join("sealed.pt2");
+    seal(&fixture("packages/plain.pt2"), &origins, &out).unwrap();
+    out
+}
+
+/// Row-major tensors in memory.
+fn memory(tensors: &[(&str, Dtype, &[u64], Vec<u8>)]) -> Checkpoint {
+    let sources = tensors.iter().map(|row| std::sync::Arc::new(row.3.clone()) as Source).collect();
+    let infos = tensors.iter().enumerate().map(|(storage, (key, dtype, shape, _))| {
+        let (strides, shape) = (contiguous(shape), shape.to_vec());
+        ((*key).to_owned(), TensorInfo { dtype: *dtype, shape, strides, storage, storage_offset: 0 })
+    });
+    Checkpoint::from_memory(Path::new("memory"), sources, infos).unwrap()
+}
+
+fn weights(scale: f32) -> Vec<(&'static str, Dtype, &'static [u64], Vec<u8>)> {
+    let floats = |values: &[f32]| values.iter().flat_map(|value| (value * scale).to_le_bytes()).collect();
+    vec![
+        ("fc.weight", Dtype::F32, &[2, 3], floats(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])),
+        ("fc.bias", Dtype::F32, &[2], floats(&[7.0, 8.0])),
+        ("steps", Dtype::I64, &[], 9_i64.to_le_bytes().to_vec()),
+    ]
+}
+
+fn planned(package: &Path, checkpoint: &Checkpoint) -> Plan {
+    plan(&artifact(package), checkpoint, Allow::default()).unwrap()
+}
+
+fn refitted(package: &Path, checkpoint: &Checkpoint, out: &Path) -> Result<reweft::write::RefitReport> {
+    let artifact = artifact(package);
+    let plan = plan(&artifact, checkpoint, Allow::default())?;
+    refit(&plan, &artifact, checkpoint, out, &mut |_, _| ())
+}
+
+fn kinds(plan: &Plan) -> Vec<(FindingKind, bool)> {
+    plan.findings.iter().map(|finding| (finding.kind, finding.blocking)).collect()
+}
+
+#[test]
+fn refit_with_the_same_weights_is_byte_identical() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.pt2");
+    for package in [fixture("packages/plain.pt2"), sealed(folder.path())] {
+        let present = artifact(&package);
+        let rows: Vec<_> = present
+            .slots()
+            .iter()
+            .map(|slot| (slot.name.as_str(), slot.dtype, &slot.shape[..], present.read_slot(slot).unwrap()))
+            .collect();
+        let report = refitted(&package, &memory(&rows), &out).unwrap();
+        assert_eq!((report.slots, report.slots_changed), (3, 0));
+        assert_eq!(std::fs::read(&package).unwrap(), std::fs::read(&out).unwrap());
+    }
+}
+
+#[test]
+fn refit_twice_is_the_last_refit_and_back_is_the_original() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed(folder.path());
+    let [x, y, xy, back] = ["x", "y", "xy", "back"].map(|name| folder.path().join(name));
+    let original = artifact(&package);
+    let rows: Vec<_> = original
+        .slots()
+        .iter()
+        .map(|slot| (slot.name.as_str(), slot.dtype, &slot.shape[..], original.read_slot(slot).unwrap()))
+        .collect();
+    refitted(&package, &memory(&weights(1.0)), &x).unwrap();
+    refitted(&package, &memory(&weights(-2.0)), &y).unwrap();
+    refitted(&x, &memory(&weights(-2.0)), &xy).unwrap();
+    refitted(&xy, &memory(&rows), &back).unwrap();
+    assert_eq!(std::fs::read(&xy).unwrap(), std::fs::read(&y).unwrap());
+    assert_eq!(std::fs::read(&back).unwrap(), std::fs::read(&package).unwrap());
+    assert_ne!(std::fs::read(&x).unwrap(), std::fs::read(&y).unwrap());
+}
+
+#[test]
+fn verify_tells_equal_from_different() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed(folder.path());
+    let out = folder.path().join("out.pt2");
+    let weights = memory(&weights(3.0));
+    let check = |package: &Path| verify(&planned(package, &weights), &artifact(package), &weights, &mut |_, _| ());
+    let before = check(&package).unwrap();
+    assert_eq!((before.equal, before.differences.len()), (false, 3));
+    refitted(&package, &weights, &out).unwrap();
+    assert!(check(&out).unwrap().equal, "also the manifest's hashes");
+}
+
+#[test]
+fn the_output_may_be_the_package_itself_but_not_the_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed(folder.path());
+    refitted(&package, &memory(&weights(4.0)), &package).unwrap();
+    assert_eq!(artifact(&package).slots().len(), 3);
+    let weights = folder.path().join("fc.pt");
+    std::fs::copy(fixture("checkpoints/fc.pt"), &weights).unwrap();
+    let checkpoint = Checkpoint::open(&weights, &OpenOptions::default()).unwrap();
+    let error = refitted(&package, &checkpoint, &weights).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+}
+
+#[test]
+fn the_manifest_labels_slots_and_what_has_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(&sealed(folder.path()));
+    assert_eq!(artifact.slots()[0].aliases, ["head.weight"]);
+    assert_eq!((artifact.unused(), artifact.unrefittable()[0].name.as_str()), (&["unread".to_owned()][..], "baked"));
+}
+
+#[test]
+fn a_baked_weight_is_never_merely_unused() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed(folder.path());
+    let mut rows = weights(1.0);
+    rows.push(("baked", Dtype::F32, &[1], vec![0; 4]));
+    rows.push(("unread", Dtype::F32, &[1], vec![0; 4]));
+    let allow = Allow { unused: true, missing: true, cast: true };
+    let plan = plan(&artifact(&package), &memory(&rows), allow).unwrap();
+    assert_eq!(kinds(&plan), [(FindingKind::Baked, true), (FindingKind::NotRead, false)]);
+    assert_eq!(plan.check().unwrap_err().kind(), ErrorKind::Mismatch);
+}
+
+#[test]
+fn tied_keys_must_agree() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed(folder.path());
+    let mut rows = weights(1.0);
+    rows.push(("head.weight", Dtype::F32, &[2, 3], rows[0].3.clone()));
+    assert_eq!(kinds(&planned(&package, &memory(&rows))), []);
+    rows[3].3[0] ^= 1;
+    let plan = planned(&package, &memory(&rows));
+    assert_eq!(kinds(&plan), [(FindingKind::Tied, true)]);
+    assert!(plan.check().unwrap_err().to_string().contains("head.weight"));
+}
+
+#[test]
+fn shape_dtype_missing_and_unused_block() {
+    let package = fixture("packages/plain.pt2");
+    let mut rows = weights(1.0);
+    rows[0].2 = &[3, 2];
+    rows[1] = ("fc.bias", Dtype::F64, &[2], vec![0; 16]);
+    rows[2].0 = "step";
+    let plan = planned(&package, &memory(&rows));
+    let wanted = [FindingKind::Shape, FindingKind::Dtype, FindingKind::Missing, FindingKind::Baked];
+    assert_eq!(kinds(&plan), wanted.map(|kind| (kind, true)));
+    let text = plan.check().unwrap_err().to_string();
+    assert!(text.contains("found float32 [3, 2], wanted float32 [2, 3]"), "{text}");
+}
+
+#[test]
+fn a_cast_is_made_only_on_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let (package, out) = (fixture("packages/plain.pt2"), folder.path().join("out"));
+    let mut rows = weights(1.0);
+    rows[1] = ("fc.bias", Dtype::F64, &[2], [0.1_f64, -3.0].iter().flat_map(|value| value.to_le_bytes()).collect());
+    let (artifact, weights) = (artifact(&package), memory(&rows));
+    let plan = plan(&artifact, &weights, Allow { cast: true, ..Allow::default() }).unwrap();
+    refit(&plan, &artifact, &weights, &out, &mut |_, _| ()).unwrap();
+    let slot = artifact.slot("fc.bias").unwrap();
+    let wanted: Vec<u8> = [0.1_f32, -3.0].iter().flat_map(|value| value.to_le_bytes()).collect();
+    assert_eq!(Artifact::open(&out, Access::Read, &Limits::default()).unwrap().read_slot(slot).unwrap(), wanted);
+}
+
+#[test]
+fn a_frozen_package_is_refused_whatever_is_allowed() {
+    let allow = Allow { cast: true, missing: true, unused: true };
+    let artifact = artifact(&fixture("packages/frozen.pt2"));
+    let plan = plan(&artifact, &checkpoint("checkpoints/fc.pt"), allow).unwrap();
+    assert!(plan.blocking().any(|finding| finding.kind == FindingKind::Unrefittable));
+}
+
+#[test]
+fn a_manifest_of_another_program_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed(folder.path());
+    let mut bytes = std::fs::read(&package).unwrap();
+    let at = bytes.windows(9).rposition(|window| window == b"\"fc.bias\"").unwrap();
+    bytes[at + 1] = b'x';
+    std::fs::write(&package, bytes).unwrap();
+    let error = Artifact::open(&package, Access::Read, &Limits::default()).unwrap_err();
+    assert!(error.to_string().contains("CRC"), "{error}");
+}
+
+#[test]
+fn damage_in_the_weights_is_found_and_nothing_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (package, out) = (folder.path().join("damaged.pt2"), folder.path().join("out.pt2"));
+    let mut bytes = std::fs::read(fixture("packages/plain.pt2")).unwrap();
+    let at = bytes.windows(8).position(|window| window == [8_f32.to_le_bytes(), 9_f32.to_le_bytes()].as_flattened());
+    bytes[at.unwrap()] ^= 1;
+    std::fs::write(&package, bytes).unwrap();
+    let error = refitted(&package, &memory(&weights(1.0)), &out).unwrap_err();
+    assert!(error.to_string().contains("CRC"), "{error}");
+    assert!(!out.exists());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_prefix_before_every_key_is_recognised() {
+    let mut rows = weights(1.0);
+    let names = ["module.fc.weight", "module.fc.bias", "module.steps"];
+    rows.iter_mut().zip(names).for_each(|(row, name)| row.0 = name);
+    let plan = planned(&fixture("packages/plain.pt2"), &memory(&rows));
+    let hints: Vec<&str> = plan.findings.iter().filter_map(|finding| finding.hint.as_deref()).collect();
+    assert_eq!(hints.len(), 6);
+    assert!(hints.iter().all(|hint| hint.contains(r"--remap '^module\.='")), "{hints:?}");
+}

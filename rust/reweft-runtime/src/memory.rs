@@ -29,11 +29,31 @@ unsafe impl Sync for Lines {}
 impl Lines {
     /// Copies bytes.
     pub fn from_bytes(bytes: &[u8]) -> Self {
-        let (whole, rest) = bytes.as_chunks::<LINE_NBYTES>();
-        let mut last = [0; LINE_NBYTES];
-        last[..rest.len()].copy_from_slice(rest);
-        let lines = whole.iter().copied().chain(std::iter::once(last));
-        Self { lines: lines.map(|line| UnsafeCell::new(Line(line))).collect(), nbytes: bytes.len() }
+        let mut lines = Self::zeroed(bytes.len());
+        lines.as_bytes_mut().copy_from_slice(bytes);
+        lines
+    }
+
+    /// Makes room for `nbytes` bytes and lets `fill` write them.
+    ///
+    /// # Errors
+    /// Those of `fill`.
+    pub fn filled<E>(nbytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
+        let mut lines = Self::zeroed(nbytes);
+        fill(lines.as_bytes_mut())?;
+        Ok(lines)
+    }
+
+    fn zeroed(nbytes: usize) -> Self {
+        // One line more than is filled, so that there is always one.
+        let lines = Box::new_zeroed_slice(nbytes / LINE_NBYTES + 1);
+        // SAFETY: a line is an array of bytes, for which zeros are a value.
+        Self { lines: unsafe { lines.assume_init() }, nbytes }
+    }
+
+    fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the lines are contiguous, longer than `nbytes`, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.as_ptr().cast(), self.nbytes) }
     }
 
     /// Address of the first byte. There is always a line, so it is never dangling.

@@ -188,7 +188,9 @@ impl Model {
                 bytes
             } else {
                 nbytes_copied += slot.nbytes;
-                SlotBytes::Own(Arc::new(Lines::from_bytes(&refill.recipe.evaluate(checkpoint)?)))
+                let nbytes = reweft::source::to_usize(slot.nbytes)?;
+                let fill = |out: &mut [u8]| refill.recipe.evaluate_into(checkpoint, out);
+                SlotBytes::Own(Arc::new(Lines::filled(nbytes, fill)?))
             };
         }
         if !next.is_empty() {

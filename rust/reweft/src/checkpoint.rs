@@ -279,39 +279,52 @@ impl Checkpoint {
     /// [`ErrorKind::Limit`] for a tensor that repeats a small storage very often.
     pub fn read(&self, key: &str) -> Result<Vec<u8>> {
         let info = self.get(key)?;
-        self.read_layout(key, info, &contiguous(&info.shape))
+        let in_place = |error: Error| error.of_key(key).in_file(&self.path);
+        self.check_repeats(info).map_err(in_place)?;
+        let mut bytes = vec![0; source::to_usize(info.nbytes()).map_err(in_place)?];
+        self.read_into(key, &contiguous(&info.shape), &mut bytes)?;
+        Ok(bytes)
     }
 
-    /// Reads a tensor in a dense layout of the caller's choice, strides in elements.
+    /// Reads a tensor in a dense layout of the caller's choice, strides in elements. Allocates only where the layout
+    /// is another than the file's.
     ///
     /// # Errors
-    /// As [`read`](Self::read).
-    pub fn read_strided(&self, key: &str, strides: &[u64]) -> Result<Vec<u8>> {
-        self.read_layout(key, self.get(key)?, strides)
+    /// As [`read`](Self::read), and [`ErrorKind::Usage`] if `out` is not as long as the tensor.
+    pub fn read_into(&self, key: &str, strides: &[u64], out: &mut [u8]) -> Result<()> {
+        let info = self.get(key)?;
+        self.gather(info, strides, out).map_err(|error| error.of_key(key).in_file(&self.path))
     }
 
-    fn read_layout(&self, key: &str, info: &TensorInfo, strides: &[u64]) -> Result<Vec<u8>> {
-        self.gather(info, strides).map_err(|error| error.of_key(key).in_file(&self.path))
-    }
-
-    fn gather(&self, info: &TensorInfo, strides: &[u64]) -> Result<Vec<u8>> {
+    fn gather(&self, info: &TensorInfo, strides: &[u64], out: &mut [u8]) -> Result<()> {
+        if out.len() as u64 != info.nbytes() {
+            let what = format!("tensor of {} bytes, room for {}", info.nbytes(), out.len());
+            return Err(Error::new(ErrorKind::Usage, what));
+        }
         let storage = self.storage_of(info);
         let (byte_offset, nbytes) = info.window(storage.nbytes)?;
         if same_layout(&info.shape, &info.strides, strides) {
-            return storage.read(byte_offset, nbytes);
+            return storage.read_into(byte_offset, out);
         }
-        if info.nbytes() > self.max_repeated_nbytes.max(storage.nbytes) {
-            let limit = self.max_repeated_nbytes;
-            return Err(Error::new(
-                ErrorKind::Limit,
-                format!("tensor repeats {} bytes to {}; max_repeated_nbytes is {limit}", storage.nbytes, info.nbytes()),
-            ));
-        }
+        self.check_repeats(info)?;
         let itemsize = source::to_usize(info.dtype.itemsize().unwrap_or(0))?;
-        let mut target = vec![0; source::to_usize(info.nbytes())?];
-        let window = storage.read(byte_offset, nbytes)?;
-        convert::relayout(itemsize, &info.shape, &window, &info.strides, &mut target, strides)?;
-        Ok(target)
+        if let Some(bytes) = storage.as_slice()? {
+            let window = source::slice(bytes, byte_offset, nbytes)?;
+            return convert::relayout(itemsize, &info.shape, window, &info.strides, out, strides);
+        }
+        let mut window = vec![0; source::to_usize(nbytes)?];
+        storage.read_into(byte_offset, &mut window)?;
+        convert::relayout(itemsize, &info.shape, &window, &info.strides, out, strides)
+    }
+
+    /// Refuses to write a small storage out very often, before anything is allocated.
+    fn check_repeats(&self, info: &TensorInfo) -> Result<()> {
+        let (limit, held) = (self.max_repeated_nbytes, self.storage_of(info).nbytes);
+        if info.nbytes() <= limit.max(held) {
+            return Ok(());
+        }
+        let what = format!("tensor repeats {held} bytes to {}; max_repeated_nbytes is {limit}", info.nbytes());
+        Err(Error::new(ErrorKind::Limit, what))
     }
 
     /// The storage of one of this checkpoint's tensors.

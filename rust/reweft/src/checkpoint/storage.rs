@@ -76,25 +76,26 @@ impl Storage {
         Ok(())
     }
 
-    /// Reads a range of the storage after its CRC was checked; a whole record is read once for both.
+    /// Reads a range of the storage into `out` after its CRC was checked; a whole record is read once for both.
     ///
     /// # Errors
     /// As [`check`](Self::check) and [`locate`](Self::locate); a range behind the storage.
-    pub fn read(&self, byte_offset: u64, nbytes: u64) -> Result<Vec<u8>> {
+    pub fn read_into(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+        let nbytes = out.len() as u64;
         source::check_range(self.nbytes, byte_offset, nbytes).map_err(|error| error.in_record(&self.name))?;
         let (source, start) = self.locate()?;
         let whole = byte_offset == 0 && nbytes == self.nbytes;
         if !whole {
             self.check()?;
         }
-        let bytes = source::read_vec(&**source, start + byte_offset, nbytes)?;
+        source.read_exact_at(start + byte_offset, out)?;
         if let Place::Record(archive) = &self.place
             && !self.checked.load(Ordering::Acquire)
         {
-            archive.check_crc(&self.name, crc32fast::hash(&bytes))?;
+            archive.check_crc(&self.name, crc32fast::hash(out))?;
             self.checked.store(true, Ordering::Release);
         }
-        Ok(bytes)
+        Ok(())
     }
 
     /// The storage's bytes where they are in memory or mapped, after the CRC was checked; `None` if they must be read.

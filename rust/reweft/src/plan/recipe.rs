@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::convert;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::to_usize;
 use crate::tensor::{TensorInfo, same_layout};
 
 /// One step; each takes what the one before it made.
@@ -70,11 +71,21 @@ impl Recipe {
         }
     }
 
-    /// Makes the slot's bytes. Reads the bytes of its keys; copies once more for a cast.
+    /// Makes the slot's bytes. Reads the bytes of its keys; allocates the result.
     ///
     /// # Errors
-    /// As [`Checkpoint::read_strided`]; [`ErrorKind::Usage`] for steps in an order that no plan makes.
-    pub fn evaluate(&self, checkpoint: &Checkpoint) -> Result<Vec<u8>> {
+    /// As [`evaluate_into`](Self::evaluate_into).
+    pub fn evaluate(&self, checkpoint: &Checkpoint, nbytes: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; to_usize(nbytes)?];
+        self.evaluate_into(checkpoint, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Makes the slot's bytes in place. Copies them once, and once more for a cast.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_into`]; [`ErrorKind::Usage`] for steps in an order that no plan makes.
+    pub fn evaluate_into(&self, checkpoint: &Checkpoint, out: &mut [u8]) -> Result<()> {
         let (Some(Step::Leaf { key }), steps) = (self.0.first(), self.0.get(1..).unwrap_or_default()) else {
             return Err(Error::new(ErrorKind::Usage, "a recipe begins with a key"));
         };
@@ -83,14 +94,27 @@ impl Recipe {
             [Step::Restride { strides }, rest @ ..] => (strides, rest),
             rest => (&info.strides, rest),
         };
-        let bytes = checkpoint.read_strided(key, strides)?;
         match steps {
-            [] => Ok(bytes),
-            [Step::Cast { from, to }] => match (Dtype::from_name(from), Dtype::from_name(to)) {
-                (Some(from), Some(to)) => convert::cast(&bytes, from, to).map_err(|error| error.of_key(key)),
-                _ => Err(Error::new(ErrorKind::Usage, "a cast names no dtype").of_key(key)),
-            },
+            [] => checkpoint.read_into(key, strides, out),
+            [Step::Cast { from, to }] => {
+                let (Some(from), Some(to)) = (Dtype::from_name(from), Dtype::from_name(to)) else {
+                    return Err(Error::new(ErrorKind::Usage, "a cast names no dtype").of_key(key));
+                };
+                let mut bytes = vec![0; to_usize(info.nbytes())?];
+                checkpoint.read_into(key, strides, &mut bytes)?;
+                let cast = convert::cast(&bytes, from, to).map_err(|error| error.of_key(key))?;
+                copy_exact(&cast, out).map_err(|error| error.of_key(key))
+            }
             _ => Err(Error::new(ErrorKind::Usage, "a recipe casts last").of_key(key)),
         }
     }
+}
+
+fn copy_exact(bytes: &[u8], out: &mut [u8]) -> Result<()> {
+    if bytes.len() != out.len() {
+        let what = format!("recipe made {} bytes, the slot takes {}", bytes.len(), out.len());
+        return Err(Error::new(ErrorKind::Mismatch, what));
+    }
+    out.copy_from_slice(bytes);
+    Ok(())
 }

@@ -170,7 +170,7 @@ impl Rewrite<'_> {
             })?;
             let start = place.data.start + slot.byte_offset;
             self.skip(at, start)?;
-            let new = refill.recipe.evaluate(checkpoint)?;
+            let new = refill.recipe.evaluate(checkpoint, slot.nbytes)?;
             found.changed += usize::from(self.replace(slot, start, &new)?);
             found.hashes.push((refill.slot, manifest::hash(&new)));
             at = start + slot.nbytes;
@@ -193,10 +193,6 @@ impl Rewrite<'_> {
 
     /// Writes a slot's new bytes; gives whether they differ from the old ones.
     fn replace(&mut self, slot: &Slot, start: u64, new: &[u8]) -> Result<bool> {
-        if new.len() as u64 != slot.nbytes {
-            let what = format!("recipe made {} bytes, the slot takes {}", new.len(), slot.nbytes);
-            return Err(Error::new(ErrorKind::Mismatch, what).of_key(&slot.name));
-        }
         let old = read_vec(&**self.archive.source(), start, slot.nbytes)?;
         self.before.update(&old);
         self.after.update(new);

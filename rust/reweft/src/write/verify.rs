@@ -45,7 +45,7 @@ pub fn verify(
         for refill in &plan.refills {
             let Some(slot) = artifact.slots().get(refill.slot) else { continue };
             let found = artifact.read_slot(slot)?;
-            let wanted = refill.recipe.evaluate(checkpoint)?;
+            let wanted = refill.recipe.evaluate(checkpoint, slot.nbytes)?;
             let differ = found.iter().zip(&wanted).filter(|(left, right)| left != right).count();
             if found.len() != wanted.len() || differ > 0 {
                 let what = format!("{differ} of {} bytes differ from the checkpoint", found.len());

@@ -67,8 +67,9 @@ class TensorInfo:
         """
         if self._numpy is None:
             raise UnsupportedError(
-                f"{self._checkpoint.path}: {self.key!r}: numpy has no dtype {self.dtype}\n"
-                "hint: read() gives the bytes, reweft.torch.tensor() a torch tensor"
+                f"{self._checkpoint.path}: {self.key!r}: numpy has no dtype {self.dtype}",
+                key=self.key,
+                hint="read() gives the bytes, reweft.torch.tensor() a torch tensor",
             )
         dtype = np.dtype("<" + self._numpy)
         view = self._checkpoint.view(self.key)

@@ -38,6 +38,11 @@ class ReweftError(Exception):
     hint: str | None = None
     """What to do about it; also the last line of the message."""
 
+    def __init__(self, message: str = "", *, key: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message}\nhint: {hint}")
+        self.key = key
+        self.hint = hint
+
     def __str__(self) -> str:
         """The message as it is; `KeyError` would print its repr."""
         return str(self.args[0]) if self.args else ""

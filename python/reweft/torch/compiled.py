@@ -128,8 +128,9 @@ class _Input:
         """
         if not isinstance(value, torch.Tensor):
             raise UsageError(f"input {self.name!r} is a {type(value).__name__}, the program takes a tensor")
-        if value.shape != self.shape or value.dtype != self._torch_dtype or value.device.type != self.device:
-            found = f"{dtype_name(value.dtype)} {list(value.shape)} on {value.device}"
+        fits = value.shape == self.shape and value.dtype == self._torch_dtype and value.device.type == self.device
+        if not fits or value.layout != torch.strided:
+            found = f"{dtype_name(value.dtype)} {list(value.shape)} ({value.layout}) on {value.device}"
             wanted = f"{self.dtype} {list(self.shape)} on {self.device}"
             raise MismatchError(f"input {self.name!r} is {found}, the program takes {wanted}")
         held = value.detach()
@@ -244,7 +245,11 @@ def _module_tensors(model: CompiledModule, module: torch.nn.Module) -> dict[str,
     for name in (name for slot in model.slots() for name in slot):
         owner, _, attribute = name.rpartition(".")
         if name not in state:
-            value = getattr(module.get_submodule(owner), attribute, None)
+            try:
+                value = getattr(module.get_submodule(owner), attribute, None)
+            except AttributeError:
+                # A module without this part; the plan says what is missing.
+                continue
             if isinstance(value, torch.Tensor):
                 state[name] = value
     return state

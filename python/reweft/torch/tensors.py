@@ -84,14 +84,14 @@ def _plain(key: str, value: object, name: str) -> torch.Tensor:
         UnsupportedError: They are not.
     """
     if not isinstance(value, torch.Tensor):
-        raise UnsupportedError(f"{name}: {key!r}: a {type(value).__name__}, not a tensor")
+        raise UnsupportedError(f"{name}: {key!r}: a {type(value).__name__}, not a tensor", key=key)
     if type(value) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
-        raise UnsupportedError(f"{name}: {key!r}: a tensor subclass, {type(value).__name__}")
+        raise UnsupportedError(f"{name}: {key!r}: a tensor subclass, {type(value).__name__}", key=key)
     held = value.detach()
     if held.device.type != "cpu":
-        hint = "hint: move it with .cpu() first"
-        raise UnsupportedError(f"{name}: {key!r}: a tensor on {held.device}, wanted cpu\n{hint}")
+        what = f"{name}: {key!r}: a tensor on {held.device}, wanted cpu"
+        raise UnsupportedError(what, key=key, hint="move it with .cpu() first")
     if held.layout != torch.strided or held.is_quantized or held.is_nested:
-        raise UnsupportedError(f"{name}: {key!r}: a tensor of layout {held.layout}, wanted a dense one")
+        raise UnsupportedError(f"{name}: {key!r}: a tensor of layout {held.layout}, wanted a dense one", key=key)
     # Pending conjugation and negation are bits of the tensor, not of its bytes.
     return held.resolve_conj().resolve_neg()

@@ -57,7 +57,7 @@ def trace(module: torch.nn.Module, example_inputs: torch.Tensor | tuple[torch.Te
         >>> replace_weights(model, "epoch3.pt")  # doctest: +SKIP
     """
     if module.training:
-        raise UsageError("the module is in training mode\nhint: call module.eval() before trace")
+        raise UsageError("the module is in training mode", hint="call module.eval() before trace")
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     for number, value in enumerate(inputs):
         if not isinstance(value, torch.Tensor):

@@ -82,7 +82,7 @@ impl<'a> CheckpointView<'a> {
             unreadable: checkpoint.unreadable().collect(),
             values: checkpoint.values(),
             unknown_globals: checkpoint.unknown_globals(),
-            metadata: checkpoint.metadata().iter().collect(),
+            metadata: checkpoint.metadata().into_iter().flatten().collect(),
             notices: checkpoint.notices(),
         }
     }
@@ -118,7 +118,7 @@ fn show_checkpoint(checkpoint: &Checkpoint, json: bool, out: &mut dyn Write) -> 
     for global in view.unknown_globals {
         writeln!(out, "unknown, kept as data, not run: {global}")?;
     }
-    for (name, value) in checkpoint.metadata() {
+    for (name, value) in checkpoint.metadata().into_iter().flatten() {
         writeln!(out, "metadata: {name} = {value:?}")?;
     }
     output::notices(view.notices);

@@ -160,7 +160,7 @@ impl Checkpoint {
     }
 
     fn metadata(&self) -> Vec<(String, String)> {
-        self.0.metadata().iter().map(|(name, value)| (name.clone(), value.clone())).collect()
+        self.0.metadata().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())).collect()
     }
 
     fn notices(&self) -> Vec<String> {

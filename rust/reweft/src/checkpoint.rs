@@ -82,7 +82,7 @@ pub struct Checkpoint {
 struct Contents {
     values: Vec<Value>,
     unknown_globals: Vec<String>,
-    metadata: IndexMap<String, String>,
+    metadata: Option<IndexMap<String, String>>,
     notices: Vec<String>,
 }
 
@@ -261,9 +261,9 @@ impl Checkpoint {
         &self.contents.unknown_globals
     }
 
-    /// `__metadata__` of a safetensors file.
-    pub fn metadata(&self) -> &IndexMap<String, String> {
-        &self.contents.metadata
+    /// `__metadata__` of a safetensors file, if it has one.
+    pub fn metadata(&self) -> Option<&IndexMap<String, String>> {
+        self.contents.metadata.as_ref()
     }
 
     /// What a careful reader should know: a missing CRC, for one.

@@ -112,6 +112,10 @@ impl Plan {
         }
         let what = lines.join("\n  ");
         let error = Error::new(ErrorKind::Mismatch, what).in_file(&self.artifact);
+        let error = match first.key.as_ref().or(first.slot.as_ref()) {
+            Some(key) if count == 1 => error.of_key(key),
+            _ => error,
+        };
         Err(match &first.hint {
             Some(hint) => error.with_hint(hint),
             None => error,
@@ -215,7 +219,13 @@ impl<'a> Planner<'a> {
         }
         if info.shape != slot.shape {
             let finding = Finding::new(FindingKind::Shape, "shapes differ").slot(slot).key(key);
-            return Some(finding.found(info).wanted(slot));
+            let reversed = info.shape.len() > 1 && info.shape.iter().rev().eq(&slot.shape);
+            let hint = if reversed {
+                "it looks transposed; reweft does not transpose on its own"
+            } else {
+                "the checkpoint is of a model of another size"
+            };
+            return Some(finding.found(info).wanted(slot).hint(hint));
         }
         if info.dtype == slot.dtype {
             return None;

@@ -65,7 +65,9 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
     if let Some(frame) = walk.enter(rebuild, root, 0)? {
         stack.push(frame);
     }
-    while let Some(frame) = stack.last_mut() {
+    loop {
+        let nested = stack.len() > 1;
+        let Some(frame) = stack.last_mut() else { break };
         let before = walk.path.len();
         let Some((name, id)) = frame.children.next() else {
             walk.path.truncate(frame.path_nbytes);
@@ -73,7 +75,8 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
             stack.pop();
             continue;
         };
-        if !walk.path.is_empty() {
+        // Not asked of the path: an empty text is a key like any other.
+        if nested {
             walk.path.push('.');
         }
         walk.path.push_str(&name);
@@ -138,7 +141,8 @@ impl Walk<'_> {
     }
 
     fn keep(&mut self, item: Item) -> Result<()> {
-        let key = if self.path.is_empty() { BARE_TENSOR } else { &self.path };
+        // Nothing is open only where the root itself is a tensor.
+        let key = if self.open.is_empty() { BARE_TENSOR } else { &self.path };
         match self.flat.items.insert(key.to_owned(), item) {
             None => Ok(()),
             Some(_) => Err(Error::new(ErrorKind::KeyCollision, "two tensors have this key").of_key(&self.path)),

@@ -101,7 +101,7 @@ fn check_holes(header: &Header, data_nbytes: u64) -> Result<()> {
 /// The header: tensors in the order of the JSON, and the free-form metadata.
 struct Header {
     tensors: IndexMap<String, Row>,
-    metadata: IndexMap<String, String>,
+    metadata: Option<IndexMap<String, String>>,
 }
 
 #[derive(Deserialize)]
@@ -129,13 +129,11 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-        let mut header = Header { tensors: IndexMap::new(), metadata: IndexMap::new() };
-        let mut has_metadata = false;
+        let mut header = Header { tensors: IndexMap::new(), metadata: None };
         while let Some(key) = map.next_key::<String>()? {
             let twice = if key == "__metadata__" {
                 let Unique(metadata) = map.next_value()?;
-                header.metadata = metadata;
-                std::mem::replace(&mut has_metadata, true)
+                header.metadata.replace(metadata).is_some()
             } else {
                 header.tensors.insert(key.clone(), map.next_value()?).is_some()
             };

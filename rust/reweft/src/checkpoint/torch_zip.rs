@@ -64,7 +64,7 @@ fn check_kind(archive: &Archive, root: &str, pickle: &str) -> Result<()> {
             format!("this zip archive has no {pickle}, so torch did not write it"),
         ));
     };
-    Err(Error::new(ErrorKind::Unsupported, what))
+    Err(Error::new(ErrorKind::Unsupported, what).with_hint("pass a .pt or safetensors file with the weights"))
 }
 
 /// An absent record means little-endian: writers before 2.1 had none.

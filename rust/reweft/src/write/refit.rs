@@ -76,7 +76,7 @@ pub fn refit(
         let hashes =
             rewrite.weights(plan, artifact, checkpoint, progress).map_err(|error| error.in_file(artifact.path()))?;
         slots_changed = hashes.changed;
-        rewrite.finish()?;
+        rewrite.finish().map_err(|error| error.in_file(artifact.path()))?;
         write_manifest(artifact, file.as_file(), hashes.hashes)?;
     }
     if let Some(source) = archive.source().file() {

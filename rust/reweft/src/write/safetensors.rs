@@ -103,8 +103,8 @@ fn header(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<(V
         offsets[*number] = (start, end);
     }
     let mut json = IndexMap::with_capacity(tensors.len() + 1);
-    if !checkpoint.metadata().is_empty() {
-        json.insert("__metadata__", HeaderEntry::Metadata(checkpoint.metadata()));
+    if let Some(metadata) = checkpoint.metadata() {
+        json.insert("__metadata__", HeaderEntry::Metadata(metadata));
     }
     for ((key, info), data_offsets) in tensors.iter().zip(offsets) {
         let dtype = info.dtype.safetensors().ok_or_else(|| {

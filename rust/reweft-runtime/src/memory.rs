@@ -34,26 +34,23 @@ impl Lines {
         lines
     }
 
-    /// Makes room for `nbytes` bytes and lets `fill` write them.
-    ///
-    /// # Errors
-    /// Those of `fill`.
-    pub fn filled<E>(nbytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
-        let mut lines = Self::zeroed(nbytes);
-        fill(lines.as_bytes_mut())?;
-        Ok(lines)
-    }
-
-    fn zeroed(nbytes: usize) -> Self {
+    /// Makes room for `nbytes` bytes, all zero.
+    pub fn zeroed(nbytes: usize) -> Self {
         // One line more than is filled, so that there is always one.
         let lines = Box::new_zeroed_slice(nbytes / LINE_NBYTES + 1);
         // SAFETY: a line is an array of bytes, for which zeros are a value.
         Self { lines: unsafe { lines.assume_init() }, nbytes }
     }
 
-    fn as_bytes_mut(&mut self) -> &mut [u8] {
+    /// The bytes, for the one who holds them alone.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the lines are contiguous, longer than `nbytes`, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.as_ptr().cast(), self.nbytes) }
+    }
+
+    /// Number of bytes.
+    pub fn nbytes(&self) -> usize {
+        self.nbytes
     }
 
     /// Address of the first byte. There is always a line, so it is never dangling.

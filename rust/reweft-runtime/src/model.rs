@@ -65,7 +65,7 @@ pub struct Model {
     device: Device,
     inputs: Vec<(Input, InputType)>,
     /// Where each slot's bytes are, by number of the slot. Locked for the whole of a refit.
-    live: Mutex<Vec<SlotBytes>>,
+    live: Mutex<Live>,
 }
 
 /// An input's dtype and device, parsed once.
@@ -74,6 +74,26 @@ struct InputType {
     device: Device,
     shape: Vec<i64>,
     strides: Vec<i64>,
+}
+
+/// Where the weights are, by number of the slot.
+#[derive(Default)]
+struct Live {
+    slots: Vec<SlotBytes>,
+    /// Memory of the weights before, to be filled by the next refit that copies: touching fresh pages would take
+    /// longer than the copy.
+    spare: Vec<Option<Arc<Lines>>>,
+}
+
+impl Live {
+    /// Memory for a slot that nobody else has: spare, or fresh.
+    fn take(&mut self, slot: usize, nbytes: usize) -> Lines {
+        let spare = self.spare.get_mut(slot).and_then(Option::take);
+        spare
+            .and_then(Arc::into_inner)
+            .filter(|lines| lines.nbytes() == nbytes)
+            .unwrap_or_else(|| Lines::zeroed(nbytes))
+    }
 }
 
 /// The bytes a slot runs on.
@@ -116,7 +136,7 @@ impl Model {
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
         let container = Container::open(&torch, &library, device, options.replicas, false)?;
         let live = packaged_weights(&artifact).map_err(in_file)?;
-        let model = Self { artifact, torch, container, device, inputs, live: Mutex::new(Vec::new()) };
+        let model = Self { artifact, torch, container, device, inputs, live: Mutex::default() };
         if !live.is_empty() {
             model.bind(live, &mut model.live())?;
         }
@@ -170,7 +190,8 @@ impl Model {
     /// Replaces the weights, all or none, while calls are running.
     ///
     /// Tensors of a mapped checkpoint whose layout is the slot's are used where they are, after their CRC was
-    /// compared; all others are copied, those in memory always, so that a later edit of them changes nothing here.
+    /// compared; all others are copied, those in memory always, so that a later edit of them changes nothing here. The
+    /// memory of copied weights is kept for the next refit, so that a model refitted from memory holds two sets.
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] if the plan has blocking findings; read errors. The old weights then stay.
@@ -178,7 +199,7 @@ impl Model {
         let planned = plan(&self.artifact, checkpoint, allow)?;
         planned.check()?;
         let mut live = self.live();
-        let mut next = live.clone();
+        let mut next = live.slots.clone();
         let mut nbytes_copied = 0;
         for refill in &planned.refills {
             let (Some(slot), Some(place)) = (self.artifact.slots().get(refill.slot), next.get_mut(refill.slot)) else {
@@ -189,8 +210,9 @@ impl Model {
             } else {
                 nbytes_copied += slot.nbytes;
                 let nbytes = reweft::source::to_usize(slot.nbytes)?;
-                let fill = |out: &mut [u8]| refill.recipe.evaluate_into(checkpoint, out);
-                SlotBytes::Own(Arc::new(Lines::filled(nbytes, fill)?))
+                let mut lines = live.take(refill.slot, nbytes);
+                refill.recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
+                SlotBytes::Own(Arc::new(lines))
             };
         }
         if !next.is_empty() {
@@ -207,9 +229,9 @@ impl Model {
     pub fn state(&self) -> Result<Checkpoint> {
         let live = self.live();
         let written = self.written_buffers()?;
-        let mut sources: Vec<Source> = Vec::with_capacity(live.len());
-        let mut tensors = Vec::with_capacity(live.len());
-        for (number, (slot, bytes)) in self.artifact.slots().iter().zip(live.iter()).enumerate() {
+        let mut sources: Vec<Source> = Vec::with_capacity(live.slots.len());
+        let mut tensors = Vec::with_capacity(live.slots.len());
+        for (number, (slot, bytes)) in self.artifact.slots().iter().zip(&live.slots).enumerate() {
             let source = match (written.get(number).and_then(Option::as_ref), bytes) {
                 (Some(copy), _) => Arc::new(copy.clone()) as Source,
                 (None, SlotBytes::Shared(source, byte_offset)) => {
@@ -250,7 +272,7 @@ impl Model {
     }
 
     /// Hands a full set of weights to the program and remembers where they are.
-    fn bind(&self, next: Vec<SlotBytes>, live: &mut Vec<SlotBytes>) -> Result<()> {
+    fn bind(&self, next: Vec<SlotBytes>, live: &mut Live) -> Result<()> {
         let mut bindings = Vec::with_capacity(next.len());
         for (slot, bytes) in self.artifact.slots().iter().zip(&next) {
             let (shape, strides) = (signed(&slot.shape)?, signed(&slot.strides)?);
@@ -263,11 +285,21 @@ impl Model {
             bindings.push(binding.in_storage_of(slot.row_nbytes));
         }
         self.container.refit(bindings)?;
-        *live = next;
+        let before = std::mem::replace(&mut live.slots, next);
+        // Of the set before, the program holds nothing any more; what serves on in this set is not spare.
+        let serves = |number: usize, lines: &Arc<Lines>| matches!(live.slots.get(number), Some(SlotBytes::Own(own)) if Arc::ptr_eq(own, lines));
+        live.spare = before
+            .into_iter()
+            .enumerate()
+            .map(|(number, bytes)| match bytes {
+                SlotBytes::Own(lines) if !serves(number, &lines) => Some(lines),
+                _ => None,
+            })
+            .collect();
         Ok(())
     }
 
-    fn live(&self) -> MutexGuard<'_, Vec<SlotBytes>> {
+    fn live(&self) -> MutexGuard<'_, Live> {
         // A panic in a refit leaves the old list in place, which is still what the program runs on.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -16,7 +16,7 @@ from reweft import _core
 from reweft.checkpoint import Checkpoint
 from reweft.checkpoint import open as open_checkpoint
 from reweft.errors import MismatchError, UsageError
-from reweft.torch.tensors import checkpoint_of, dtype_name, tensor
+from reweft.torch.tensors import checkpoint_of, dtype_name, held_tensors, tensor
 
 if TYPE_CHECKING:
     from reweft.keymap import KeyMap
@@ -52,7 +52,7 @@ class CompiledModule:
         in_spec, out_spec = core.call_spec()
         self._in_spec = pytree.treespec_loads(in_spec)
         self._out_spec = pytree.treespec_loads(out_spec)
-        self._inputs = [_Input(*row) for row in core.inputs()]
+        self._inputs = [_Input(*row[:5], mutated=row[5]) for row in core.inputs()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program.
@@ -111,8 +111,11 @@ class CompiledModule:
 class _Input:
     """One input as it was when the program was compiled."""
 
-    def __init__(self, name: str, dtype: str, shape: list[int], strides: list[int], device: str) -> None:
+    def __init__(
+        self, name: str, dtype: str, shape: list[int], strides: list[int], device: str, *, mutated: bool
+    ) -> None:
         self.name = name
+        self.mutated = mutated
         self.dtype = dtype
         self.shape = torch.Size(shape)
         self.strides = tuple(strides)
@@ -138,6 +141,9 @@ class _Input:
             held = held.resolve_conj().resolve_neg()
         if held.stride() == self.strides:
             return held
+        if self.mutated:
+            strides = f"strides {held.stride()}; the program writes to it and takes {self.strides}"
+            raise MismatchError(f"input {self.name!r} has {strides}")
         return torch.empty_strided(self.shape, self.strides, dtype=held.dtype, device=held.device).copy_(held)
 
 
@@ -240,16 +246,34 @@ def _checkpoint(model: CompiledModule, weights: object, top_level_key: str | Non
 
 
 def _module_tensors(model: CompiledModule, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's state_dict, and what of the model's slots is not in one: other buffers and tensor attributes."""
+    """The module's state_dict, and what of the model's slots is not in one: other buffers and tensor attributes.
+
+    Raises:
+        MismatchError: The module has no tensor for a slot that no state_dict would have.
+    """
     state = dict(module.state_dict(keep_vars=True))
-    for name in (name for slot in model.slots() for name in slot):
-        owner, _, attribute = name.rpartition(".")
-        if name not in state:
-            try:
-                value = getattr(module.get_submodule(owner), attribute, None)
-            except AttributeError:
-                # A module without this part; the plan says what is missing.
-                continue
-            if isinstance(value, torch.Tensor):
+    held = dict(held_tensors(module))
+    held.update(module.named_buffers(remove_duplicate=False))
+    for names in model.slots():
+        for name in names:
+            value = held[name] if name in held else _attribute(module, name)
+            if name not in state and value is not None:
                 state[name] = value
+        # Literals of `forward` are part of the program and not of the module.
+        if names[0].startswith("lifted_tensor_") or any(name in state for name in names):
+            continue
+        raise MismatchError(
+            f"{type(module).__name__}: {names[0]!r}: the module has no such tensor",
+            key=names[0],
+            hint="the model was compiled from a module of another architecture",
+        )
     return state
+
+
+def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        value = getattr(module.get_submodule(owner), attribute, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils import _pytree as pytree
 
 from reweft import _core
 from reweft.checkpoint import Checkpoint
 from reweft.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from reweft.checkpoint import TensorInfo
 
-__all__ = ["checkpoint_of", "dtype_name", "tensor"]
+__all__ = ["checkpoint_of", "dtype_name", "held_tensors", "tensor"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -75,6 +76,18 @@ def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dic
         rows.append((key, dtype, list(held.shape), list(held.stride()), number, offset))
     core = _core.Checkpoint.from_buffers(Path(name), [held.numpy() for held in storages], rows)
     return Checkpoint(core)
+
+
+def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold in lists, tuples and dicts, with their dotted path."""
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                if isinstance(leaf, torch.Tensor):
+                    steps = [str(getattr(step, "key", getattr(step, "idx", step))) for step in path]
+                    yield ".".join([prefix, name, *steps] if prefix else [name, *steps]), leaf
 
 
 def _plain(key: str, value: object, name: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgu
 from reweft import _core
 from reweft.errors import UnsupportedError, UsageError
 from reweft.torch.compiled import CompiledModule, load
-from reweft.torch.tensors import dtype_name
+from reweft.torch.tensors import dtype_name, held_tensors
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -65,7 +65,7 @@ def trace(module: torch.nn.Module, example_inputs: torch.Tensor | tuple[torch.Te
             raise UnsupportedError(f"example input {number} is a {kind}; this version takes tensors only")
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="reweft-") as folder:
         program = torch.export.export(module, inputs)
-        _name_constants(program)
+        _name_constants(program, module)
         origins = _origins(program, inputs)
         fresh, sealed = Path(folder) / "model.pt2", Path(folder) / "sealed.pt2"
         options = dict(_KEEP_CONSTANTS)
@@ -104,16 +104,25 @@ class _Origins:
         return json.dumps({"torch": version, "device": self.device, "inputs": self.inputs, "tensors": tensors})
 
 
-def _name_constants(program: ExportedProgram) -> None:
+def _name_constants(program: ExportedProgram, module: torch.nn.Module) -> None:
     """Make tensor attributes buffers that no state_dict has.
 
     The compiler numbers lifted constants (`_tensor_constant0`) and forgets where they came from; buffers keep their
-    names. The values stay in `program.constants`, where non-persistent buffers are too.
+    names. The values stay in `program.constants`, where non-persistent buffers are too. Tensors in lists and dicts of
+    the module come from export as `lifted_tensor_N`, like literals of `forward`; they are told apart by identity and
+    get their path as name.
     """
+    paths = {_identity(path, value): path for path, value in held_tensors(module)}
     for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.CONSTANT_TENSOR:
-            spec.kind = InputKind.BUFFER
-            spec.persistent = False
+        if spec.kind != InputKind.CONSTANT_TENSOR or spec.target is None:
+            continue
+        spec.kind = InputKind.BUFFER
+        spec.persistent = False
+        value = program.constants[spec.target]
+        path = paths.get(_identity(spec.target, value))
+        if path is not None and path not in program.constants and path not in program.state_dict:
+            program.constants[path] = program.constants.pop(spec.target)
+            spec.target = path
 
 
 def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Origins:
@@ -125,7 +134,7 @@ def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Ori
     signature = program.graph_signature
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     values: dict[str, torch.Tensor] = {**program.state_dict, **program.constants}
-    mutated = _mutated(program)
+    mutated, written_inputs = _mutated(program)
     used: set[str] = set()
     persistent: set[str] = set(program.state_dict)
     user_inputs: list[str] = []
@@ -152,20 +161,23 @@ def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Ori
         )
         for names in groups.values()
     ]
-    rows = [_input_row(name, value) for name, value in zip(user_inputs, inputs, strict=True)]
+    rows = [
+        {**_input_row(value), "name": name, "mutated": name in written_inputs}
+        for name, value in zip(user_inputs, inputs, strict=True)
+    ]
     devices = {str(value.device.type) for value in values.values()} or {row["device"] for row in rows}
     return _Origins(inputs=rows, device=devices.pop() if len(devices) == 1 else "cpu", tensors=tensors)
 
 
-def _mutated(program: ExportedProgram) -> set[str]:
-    """Names of tensors that the program writes to.
+def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:
+    """Names of weights and of inputs that the program writes to.
 
     An exported program still has in-place operations; only its functional form, which the compiler works on, states
     what they write to. The runtime must know: it maps all other weights read-only.
     """
     signature = program.run_decompositions({}).graph_signature
     parameters: dict[str, str] = getattr(signature, "parameters_to_mutate", {})
-    return {*signature.buffers_to_mutate.values(), *parameters.values()}
+    return {*signature.buffers_to_mutate.values(), *parameters.values()}, {*signature.user_inputs_to_mutate.values()}
 
 
 def _identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
@@ -176,9 +188,8 @@ def _identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
     return (*where, tuple(value.shape), value.stride(), value.dtype)
 
 
-def _input_row(name: str, value: torch.Tensor) -> dict[str, Any]:
+def _input_row(value: torch.Tensor) -> dict[str, Any]:
     return {
-        "name": name,
         "dtype": dtype_name(value.dtype),
         "shape": list(value.shape),
         "strides": list(value.stride()),

@@ -16,8 +16,8 @@ use crate::weights::{save_live, to_json};
 #[pyclass(frozen, module = "reweft._core")]
 pub struct Model(reweft_runtime::Model);
 
-/// Name, dtype, shape, strides, device.
-type InputRow = (String, String, Vec<u64>, Vec<u64>, String);
+/// Name, dtype, shape, strides, device, whether the program writes to it.
+type InputRow = (String, String, Vec<u64>, Vec<u64>, String, bool);
 
 #[pymethods]
 impl Model {
@@ -38,7 +38,7 @@ impl Model {
     fn inputs(&self) -> Vec<InputRow> {
         let row = |input: &reweft::artifact::manifest::Input| {
             let input = input.clone();
-            (input.name, input.dtype, input.shape, input.strides, input.device)
+            (input.name, input.dtype, input.shape, input.strides, input.device, input.mutated)
         };
         self.0.inputs().map(row).collect()
     }

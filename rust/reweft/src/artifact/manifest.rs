@@ -48,6 +48,8 @@ pub struct Input {
     pub strides: Vec<u64>,
     /// Where the tensor must be: `cpu`.
     pub device: String,
+    /// Whether the program writes to it.
+    pub mutated: bool,
 }
 
 /// What `trace` knows and the package does not say.

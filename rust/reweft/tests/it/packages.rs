@@ -39,6 +39,7 @@ fn sealed(folder: &Path) -> PathBuf {
         shape: vec![1, 3],
         strides: vec![3, 1],
         device: "cpu".into(),
+        mutated: false,
     };
     let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), inputs: vec![input], tensors };
     let out = folder.join("sealed.pt2");

@@ -1,0 +1,48 @@
+"""Runs every topic and prints one table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import calling, compiling, replacing
+from .machine import facts
+from .rows import table
+from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
+
+TOPICS = (compiling, replacing, calling)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    # What torch says about itself while it compiles is not about these numbers.
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="reweft-bench-") as name:
+        folder = Path(name)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+        say(facts(folder))
+        # The first compilation of a process also imports the compiler and precompiles torch's headers.
+        compile_stock(make_net(0, layers=1, width=16), torch.randn(2, 16), folder / "first.pt2")
+        subject = prepare(folder)
+        megabytes = subject.nbytes / 1e6
+        say(f"MLP of {LAYERS} layers {WIDTH} x {WIDTH}, batch {BATCH}, float32, {megabytes:.1f} MB of weights")
+        say("torch computes with 1 thread; medians of interleaved runs; page cache warm")
+        say("ratio above 1: reweft does better\n")
+        say(table([row for topic in TOPICS for row in topic.rows(subject)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""The `reweft` command: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import reweft
+from support import flip, leftovers, record_at, save, without_crc
+
+if TYPE_CHECKING:
+    from support import Package
+
+BINARY = Path(__file__).parents[2] / "target/release/reweft"
+SCRIPT = Path(sys.executable).parent / "reweft"
+
+
+@pytest.fixture(scope="module", params=[BINARY, SCRIPT], ids=["binary", "script"])
+def command(request: pytest.FixtureRequest) -> str:
+    """The binary and the wheel's console script, which are to be the same."""
+    path: Path = request.param
+    if not path.exists():
+        pytest.skip(f"{path} is not built")
+    return str(path)
+
+
+class Cli:
+    """Runs the command with pipes, as scripts do."""
+
+    def __init__(self, command: str, folder: Path) -> None:
+        self.command = command
+        self.folder = folder
+
+    def __call__(self, *args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        line = [self.command, *map(str, args)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=self.folder, timeout=60)
+        assert done.returncode == code, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "\r" not in done.stdout + done.stderr
+        return done
+
+    def json(self, *args: object, code: int = 0) -> Any:
+        """With `--json`: stdout is one document, stderr is empty."""
+        done = self(*args, "--json", code=code)
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    def fails(self, *args: object) -> str:
+        """Exit code 2, nothing on stdout, an error on stderr; gives it."""
+        done = self(*args, code=2)
+        assert done.stdout == ""
+        assert done.stderr.startswith("reweft: error: ")
+        return done.stderr
+
+
+@pytest.fixture
+def cli(command: str, tmp_path: Path) -> Cli:
+    return Cli(command, tmp_path)
+
+
+@pytest.fixture
+def training(digits: Package, tmp_path: Path) -> Path:
+    """Weights for `digits` as people save them."""
+    state = {f"module.{key}": value for key, value in digits.module(1).state_dict().items()}
+    return save({"epoch": 3, "model_state_dict": state, "optimizer": {"lr": 0.1}}, tmp_path / "epoch3.pt")
+
+
+UNWRAP = ("--top-level-key", "model_state_dict", "--remap", r"^module\.(.*)$=$1")
+
+
+def has_hint(stderr: str) -> bool:
+    return any(line.startswith("hint: ") for line in stderr.splitlines())
+
+
+class TestInspect:
+    def test_checkpoint_as_a_table(self, cli: Cli, tmp_path: Path) -> None:
+        weight = torch.randn(3, 4)
+        path = save({"a.w": weight, "b.w": weight.t(), "s": torch.eye(2).to_sparse(), "epoch": 7}, tmp_path / "x.pt")
+        done = cli("inspect", path)
+        lines = done.stdout.splitlines()
+        assert lines[0].split() == ["KEY", "DTYPE", "SHAPE", "STRIDES", "BYTES", "STORAGE"]
+        assert lines[1].split() == ["a.w", "float32", "[3,", "4]", "48", "0+0"]
+        assert lines[2].split() == ["b.w", "float32", "[4,", "3]", "[1,", "4]", "48", "0+0"]
+        assert "shared storage: a.w, b.w" in lines
+        assert any(line.startswith("cannot be read: s: ") for line in lines)
+        assert "not a tensor: epoch (int 7)" in lines
+        assert lines[-1] == "torch zip: 2 tensors, 96 bytes, in storages of 48 bytes"
+        assert done.stderr == ""
+
+    def test_checkpoint_as_json(self, cli: Cli, training: Path) -> None:
+        data = cli.json("inspect", training)
+        wanted = torch.load(training)["model_state_dict"]
+        assert (data["kind"], data["format"]) == ("checkpoint", "torch zip")
+        assert [tensor["key"] for tensor in data["tensors"]] == [f"model_state_dict.{key}" for key in wanted]
+        for tensor, value in zip(data["tensors"], wanted.values(), strict=True):
+            assert tensor["shape"] == list(value.shape)
+            assert tensor["strides"] == list(value.stride())
+            assert tensor["dtype"] == str(value.dtype).removeprefix("torch.")
+            assert tensor["nbytes"] == value.numel() * value.element_size()
+        assert {"path": "epoch", "what": "int 3"} in data["values"]
+        assert data["storage_nbytes"] == sum(tensor["nbytes"] for tensor in data["tensors"])
+
+    def test_keys_are_mapped(self, cli: Cli, training: Path) -> None:
+        data = cli.json("inspect", training, *UNWRAP, "--select", "fc", "--remap", "^fc=head")
+        assert [tensor["key"] for tensor in data["tensors"]] == ["head.weight", "head.bias"]
+
+    def test_package_as_a_table(self, cli: Cli, tied: Package) -> None:
+        lines = cli("inspect", tied.path).stdout.splitlines()
+        assert lines[0].split() == ["SLOT", "DTYPE", "SHAPE", "BYTES", "REMARKS"]
+        assert lines[1].split() == ["embedding.weight", "float32", "[20,", "8]", "640", "also", "head.weight"]
+        assert lines[-1] == "AOTInductor package: 1 slots, 640 bytes"
+
+    def test_package_as_json(self, cli: Cli, mixed: Package) -> None:
+        data = cli.json("inspect", mixed.path)
+        slots = {slot["name"]: slot for slot in data["slots"]}
+        assert data["kind"] == "artifact"
+        assert data["has_manifest"]
+        assert set(slots) == {"conv.weight", "conv.bias", "phase", "order", "window", "offset"}
+        assert slots["phase"]["dtype"] == "complex64"
+        assert slots["conv.weight"]["strides"] == [27, 1, 9, 3]
+        assert not slots["window"]["persistent"]
+        assert data["unrefittable"] == []
+        for slot in slots.values():
+            assert slot["hash"].startswith("blake3:")
+            assert slot["obstacle"] is None
+
+    def test_buffers_that_the_program_writes_are_marked(self, cli: Cli, counter: Package) -> None:
+        slots = {slot["name"]: slot for slot in cli.json("inspect", counter.path)["slots"]}
+        assert {name for name, slot in slots.items() if slot["mutated"]} == {"total", "calls"}
+        assert cli("inspect", counter.path).stdout.count("written by the program") == 2
+
+    def test_package_of_torch_says_what_it_lacks(self, cli: Cli, stock_embedded: Package) -> None:
+        done = cli("inspect", stock_embedded.path)
+        assert "cannot be refitted yet: the weights are inside the library" in done.stdout
+        assert done.stderr.startswith("reweft: note: no manifest")
+
+    def test_notices_are_no_data(self, cli: Cli, tmp_path: Path) -> None:
+        path = without_crc({"w": torch.ones(1)}, tmp_path / "x.pt")
+        done = cli("inspect", path)
+        assert done.stderr.startswith("reweft: note: ")
+        assert "no CRC" not in done.stdout
+        assert cli.json("inspect", path)["notices"]
+
+
+class TestConvert:
+    def test_weights_arrive(self, cli: Cli, training: Path, tmp_path: Path) -> None:
+        done = cli("convert", training, "out.safetensors", *UNWRAP)
+        loaded, wanted = load_file(tmp_path / "out.safetensors"), torch.load(training)["model_state_dict"]
+        assert set(loaded) == {key.removeprefix("module.") for key in wanted}
+        assert all(torch.equal(value, wanted[f"module.{key}"]) for key, value in loaded.items())
+        assert done.stdout.startswith(f"out.safetensors: {len(wanted)} tensors, ")
+        assert len(done.stdout.splitlines()) == 1
+
+    def test_report(self, cli: Cli, training: Path) -> None:
+        data = cli.json("convert", training, "out.safetensors")
+        assert data["tensors"] == len(torch.load(training)["model_state_dict"])
+        assert data["out"] == "out.safetensors"
+        assert any("epoch" in item for item in data["not_carried"])
+
+    def test_shared_tensors(self, cli: Cli, tmp_path: Path) -> None:
+        weight = torch.ones(3)
+        path = save({"a": weight, "b": weight}, tmp_path / "x.pt")
+        stderr = cli.fails("convert", path, "out.safetensors")
+        assert '"a" and "b"' in stderr
+        assert has_hint(stderr)
+        assert cli.json("convert", path, "out.safetensors", "--shared", "duplicate")["tensors"] == 2
+        data = cli.json("convert", path, "out.safetensors", "--shared", "drop-aliases")
+        assert data["dropped_aliases"] == {"b": "a"}
+
+
+class TestPlan:
+    def test_good_plan(self, cli: Cli, digits: Package, training: Path) -> None:
+        done = cli("plan", digits.path, training, *UNWRAP)
+        lines = done.stdout.splitlines()
+        assert lines[0].split() == ["SLOT", "DTYPE", "SHAPE", "BYTES", "RECIPE"]
+        assert lines[-1].startswith(f"{slots_of(digits)} slots to fill with ")
+        assert lines[-1].endswith("0 kept, 0 findings block a refit")
+        assert sum(line.startswith("note: ") for line in lines) == 2
+
+    def test_bad_plan_exits_with_1(self, cli: Cli, digits: Package, training: Path) -> None:
+        done = cli("plan", digits.path, training, "--top-level-key", "model_state_dict", code=1)
+        assert 'blocks: key "module.fc.weight": no slot has this name' in done.stdout
+        assert "  hint: " in done.stdout
+        data = cli.json("plan", digits.path, training, "--top-level-key", "model_state_dict", code=1)
+        kinds = [finding["kind"] for finding in data["findings"] if finding["blocking"]]
+        assert kinds.count("missing") == slots_of(digits)
+        assert kinds.count("unused") == len(torch.load(training)["model_state_dict"])
+
+    def test_plan_as_json(self, cli: Cli, digits: Package, training: Path) -> None:
+        data = cli.json("plan", digits.path, training, *UNWRAP)
+        assert len(data["refills"]) == slots_of(digits)
+        assert data["kept"] == []
+        assert data["refills"][0]["recipe"][0]["op"] == "leaf"
+
+    def test_binary_and_python_agree(self, cli: Cli, digits: Package, training: Path) -> None:
+        keys = reweft.KeyMap([(r"^module\.(.*)$", "$1")])
+        plan = reweft.plan(digits.path, training, top_level_key="model_state_dict", keys=keys)
+        assert cli.json("plan", digits.path, training, *UNWRAP) == json.loads(plan.to_json())
+
+
+def slots_of(package: Package) -> int:
+    return sum("num_batches" not in key for key in package.module(0).state_dict())
+
+
+class TestRefit:
+    def test_refit_then_verify(self, cli: Cli, digits: Package, training: Path, digits_b: Path, tmp_path: Path) -> None:
+        done = cli("refit", digits.path, training, "-o", "new.pt2", *UNWRAP)
+        count = slots_of(digits)
+        assert done.stdout.startswith(f"new.pt2: {count} slots filled with ")
+        assert len(done.stdout.splitlines()) == 1
+        reweft.refit(digits.path, digits_b, out=tmp_path / "python.pt2")
+        assert (tmp_path / "new.pt2").read_bytes() == (tmp_path / "python.pt2").read_bytes()
+        verdict = cli("verify", "new.pt2", training, *UNWRAP).stdout
+        assert verdict.startswith(f"equal: {count} slots, ")
+        verdict = cli("verify", digits.path, training, *UNWRAP, code=1).stdout
+        assert verdict.splitlines()[-1].startswith(f"different: {count} slots, ")
+        assert 'blocks: slot "fc.weight"' in verdict
+
+    def test_reports(self, cli: Cli, digits: Package, training: Path) -> None:
+        data = cli.json("refit", digits.path, training, "-o", "new.pt2", *UNWRAP)
+        assert (data["slots"], data["slots_changed"], data["kept"]) == (slots_of(digits),) * 2 + ([],)
+        assert cli.json("verify", "new.pt2", training, *UNWRAP)["equal"] is True
+        data = cli.json("verify", digits.path, training, *UNWRAP, code=1)
+        assert data["equal"] is False
+        assert len(data["differences"]) == slots_of(digits)
+
+    def test_refused_refit_writes_nothing(self, cli: Cli, digits: Package, training: Path, tmp_path: Path) -> None:
+        shutil.copy(digits.path, tmp_path / "own.pt2")
+        stderr = cli.fails("refit", "own.pt2", training, "-o", "own.pt2", "--top-level-key", "model_state_dict")
+        assert "module.scale" in stderr
+        assert str(training) in stderr
+        assert has_hint(stderr)
+        assert (tmp_path / "own.pt2").read_bytes() == digits.path.read_bytes()
+        assert leftovers(tmp_path) == []
+
+    def test_options_allow_what_they_say(self, cli: Cli, digits: Package, tmp_path: Path) -> None:
+        state = dict(digits.module(1).state_dict())
+        state["fc.weight"] = state["fc.weight"].double()
+        state["extra"] = torch.ones(1)
+        del state["scale"]
+        path = save(state, tmp_path / "x.pt")
+        allow = ["--allow-cast", "--allow-missing", "--allow-unused"]
+        for left_out in allow:
+            given = [option for option in allow if option != left_out]
+            cli.fails("refit", digits.path, path, "-o", "new.pt2", *given)
+            assert not (tmp_path / "new.pt2").exists()
+        assert cli.json("refit", digits.path, path, "-o", "new.pt2", *allow)["kept"] == ["scale"]
+
+    def test_damaged_checkpoint(self, cli: Cli, digits: Package, digits_b: Path, tmp_path: Path) -> None:
+        start, _ = record_at(digits_b, "/data/3")
+        flip(digits_b, start)
+        stderr = cli.fails("refit", digits.path, digits_b, "-o", "new.pt2")
+        assert "CRC" in stderr
+        assert has_hint(stderr)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["b.pt"]
+
+    def test_checkpoint_and_artifact_exchanged(self, cli: Cli, digits: Package, digits_b: Path) -> None:
+        assert has_hint(cli.fails("refit", digits_b, digits.path, "-o", "new.pt2"))
+        assert has_hint(cli.fails("refit", digits.path, digits.path, "-o", "new.pt2"))
+
+
+class TestErrors:
+    @pytest.mark.parametrize("subcommand", ["inspect", "convert", "plan", "refit", "verify"])
+    def test_absent_file(self, subcommand: str, cli: Cli, digits: Package) -> None:
+        args: dict[str, list[object]] = {
+            "inspect": ["absent.pt"],
+            "convert": ["absent.pt", "x.safetensors"],
+            "refit": [digits.path, "absent.pt", "-o", "x.pt2"],
+        }
+        assert "absent.pt" in cli.fails(subcommand, *args.get(subcommand, [digits.path, "absent.pt"]))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--remap", "no equals sign"],
+            ["--remap", "(=x"],
+            ["--remap", r"^(\w+)\.=$1_x"],
+            ["--select", "["],
+            ["--select", "^nothing"],
+            ["--top-level-key", "model"],
+        ],
+        ids=" ".join,
+    )
+    def test_bad_key_options(self, options: list[str], cli: Cli, training: Path) -> None:
+        cli.fails("inspect", training, *options)
+
+    def test_absent_top_level_key_suggests_the_nearest(self, cli: Cli, training: Path) -> None:
+        stderr = cli.fails("inspect", training, "--top-level-key", "model_statedict")
+        assert 'hint: did you mean "model_state_dict"?' in stderr.splitlines()
+
+    @pytest.mark.parametrize("args", [[], ["frobnicate"], ["inspect"], ["inspect", "x", "--frob"]], ids=" ".join)
+    def test_bad_usage_exits_with_2(self, args: list[str], cli: Cli) -> None:
+        done = cli(*args, code=2)
+        assert done.stdout == ""
+        assert "Usage: reweft" in done.stderr
+
+    def test_help_and_version_are_data(self, cli: Cli) -> None:
+        for args in (["--help"], ["refit", "--help"], ["--version"]):
+            done = cli(*args)
+            assert "reweft" in done.stdout
+            assert done.stderr == ""
+
+    def test_reader_that_closes_the_pipe_is_no_error(self, command: str, tmp_path: Path) -> None:
+        state = {f"layer.{number}.weight": torch.ones(1) for number in range(3000)}
+        path = save(state, tmp_path / "many.pt")
+        line = f"set -o pipefail; '{command}' inspect '{path}' | head -1"
+        done = subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")

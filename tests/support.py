@@ -1,0 +1,138 @@
+"""What several test files use: packages, files of weights, bytes of tensors."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.serialization import config
+
+import reweft
+import reweft.torch as rt
+from models import seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import pytest
+
+
+@dataclass(frozen=True)
+class Package:
+    """A compiled module on disk, made from the weights of seed 0. Tests must not change the file."""
+
+    path: Path
+    kind: type[nn.Module]
+    inputs: tuple[torch.Tensor, ...]
+
+    def module(self, seed: int) -> nn.Module:
+        """The module that was compiled, with the weights of a seed."""
+        return seeded(self.kind, seed)
+
+    def load(self, *, replicas: int = 1) -> rt.CompiledModule:
+        """The package as a live model of its own."""
+        return rt.load(self.path, replicas=replicas)
+
+    def eager(self, seed: int) -> Any:
+        """What the module itself computes with the weights of a seed."""
+        with torch.no_grad():
+            return self.module(seed)(*self.inputs)
+
+
+def without_crc(obj: object, path: Path) -> Path:
+    """`torch.save` as people call it who found checksums too slow."""
+    with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+        torch.save(obj, path)
+    return path
+
+
+def save(obj: object, path: Path) -> Path:
+    """`torch.save` that gives the path."""
+    torch.save(obj, path)
+    return path
+
+
+def save_state(module: nn.Module, path: Path) -> Path:
+    """The state_dict of a module as a file."""
+    return save(module.state_dict(), path)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor in row-major order."""
+    held = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return held.view(torch.uint8).numpy().tobytes() if held.numel() else b""
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share bytes."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Same structure, and every tensor the same bit for bit."""
+    (ours, our_spec), (theirs, their_spec) = pytree.tree_flatten(left), pytree.tree_flatten(right)
+    assert our_spec == their_spec
+    for one, other in zip(ours, theirs, strict=True):
+        if one is None:
+            assert other is None
+        else:
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert raw(one) == raw(other)
+
+
+def differs(left: Any, right: Any) -> bool:
+    """Whether any tensor of two equal structures has other bits."""
+    pairs = zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True)
+    return any(raw(one) != raw(other) for one, other in pairs if one is not None)
+
+
+def stock(path: Path, *inputs: torch.Tensor) -> Any:
+    """What torch's own loader computes with a package."""
+    return torch._inductor.aoti_load_package(str(path))(*inputs)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files that a failed write left behind."""
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".reweft-"))
+
+
+def assert_says(error: pytest.ExceptionInfo[reweft.ReweftError], *parts: object) -> None:
+    """The message holds every part: file, key, found, wanted."""
+    text = str(error.value)
+    for part in parts:
+        assert str(part) in text, f"{part!r} is not in: {text}"
+
+
+def assert_hints(error: pytest.ExceptionInfo[reweft.ReweftError]) -> None:
+    """There is a hint, and the message ends with it."""
+    assert error.value.hint
+    assert str(error.value).endswith(f"hint: {error.value.hint}")
+
+
+def record_at(path: Path, end: str) -> tuple[int, int]:
+    """First byte and length of the data of the archive's record whose name ends so."""
+    with zipfile.ZipFile(path) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(end))
+    header = path.read_bytes()[info.header_offset : info.header_offset + 30]
+    skip = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return info.header_offset + skip, info.file_size
+
+
+def flip(path: Path, byte_offset: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[byte_offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def saved_bytes(obj: Mapping[str, object]) -> bytes:
+    """What `torch.save` writes, in memory."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()

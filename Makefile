@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml
 setup: $(VENV)/installed ## Create .venv with the pinned tools
 
 build: setup ## Build the extension module and the binary, optimised
-	$(BIN)/maturin develop --quiet --release --skip-install
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	cargo build --quiet --release -p reweft-cli
 
 demo: build ## Compile an untrained model, train it, refit the compiled one on disk and live

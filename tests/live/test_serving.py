@@ -107,6 +107,27 @@ def test_two_threads_that_refit_leave_one_set_of_weights(digits: Package) -> Non
     assert any(torch.equal(output, one) for one in wanted)
 
 
+def test_state_read_beside_refits_is_of_one_set_of_weights(digits: Package) -> None:
+    """A refit fills the memory of the weights before the last; a reader that has those must keep them."""
+    model = digits.load()
+    states = [digits.module(seed).state_dict() for seed in (0, 1)]
+    read, done = [], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            read.append(model.state_dict())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(400):
+        rt.replace_weights(model, states[number % 2])
+    done.set()
+    reader.join(60)
+    assert read
+    for state in read:
+        assert any(all(torch.equal(value, one[key]) for key, value in state.items()) for one in states)
+
+
 def test_outputs_outlive_the_model_and_its_weights(digits: Package) -> None:
     model = digits.load()
     output = model(*digits.inputs)

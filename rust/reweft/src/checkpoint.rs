@@ -4,9 +4,11 @@
 //! between, from a [`TensorInfo`] to bytes, is here and the same for all.
 
 mod flatten;
+mod module;
 mod rebuild;
 mod safetensors;
 mod storage;
+mod torch_legacy;
 mod torch_zip;
 
 use std::path::{Path, PathBuf};
@@ -41,6 +43,10 @@ pub struct OpenOptions {
 pub enum Format {
     /// The zip archive that `torch.save` writes since 1.6.
     TorchZip,
+    /// The stream of pickles that `torch.save` wrote before 1.6.
+    TorchLegacy,
+    /// One pickle, as `pickle.dump` writes it.
+    Pickle,
     /// safetensors.
     Safetensors,
     /// Tensors that the caller holds in memory.
@@ -52,6 +58,8 @@ impl Format {
     pub const fn name(self) -> &'static str {
         match self {
             Self::TorchZip => "torch zip",
+            Self::TorchLegacy => "torch legacy",
+            Self::Pickle => "pickle",
             Self::Safetensors => "safetensors",
             Self::Memory => "memory",
         }
@@ -120,6 +128,10 @@ impl Checkpoint {
             torch_zip::read(source, options)?
         } else if safetensors::detect(&*source) {
             safetensors::read(&source, options)?
+        } else if torch_legacy::detect(&*source) {
+            torch_legacy::read(&source, options)?
+        } else if torch_legacy::detect_pickle(&*source) {
+            torch_legacy::read_pickle(&source, options)?
         } else {
             return Err(not_a_checkpoint(&*source));
         };
@@ -301,6 +313,14 @@ impl Checkpoint {
             let what = format!("tensor of {} bytes, room for {}", info.nbytes(), out.len());
             return Err(Error::new(ErrorKind::Usage, what));
         }
+        self.gather_raw(info, strides, out)?;
+        if self.storage_of(info).is_swapped() {
+            out.chunks_exact_mut(info.dtype.swap_unit().max(1)).for_each(<[u8]>::reverse);
+        }
+        Ok(())
+    }
+
+    fn gather_raw(&self, info: &TensorInfo, strides: &[u64], out: &mut [u8]) -> Result<()> {
         let storage = self.storage_of(info);
         let (byte_offset, nbytes) = info.window(storage.nbytes)?;
         if same_layout(&info.shape, &info.strides, strides) {
@@ -351,11 +371,6 @@ fn not_a_checkpoint(source: &dyn ReadAt) -> Error {
         (b"\x1f\x8b", "gzip; unpack it first"),
         (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
         (b"GGUF", "GGUF, which is not read"),
-        (
-            b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e",
-            "a torch file of before 1.6 (legacy stream), which is not read yet",
-        ),
-        (b"\x80", "a bare pickle, which is not read yet"),
         (b"\x7fELF", "a native library, not a checkpoint"),
     ];
     if nbytes == 0 {
@@ -363,7 +378,7 @@ fn not_a_checkpoint(source: &dyn ReadAt) -> Error {
     }
     match known.iter().find(|(magic, _)| head.starts_with(magic)) {
         Some((_, what)) => Error::new(ErrorKind::Unsupported, format!("this is {what}")),
-        None => Error::new(ErrorKind::Unsupported, "this is neither a zip .pt nor a safetensors file")
-            .with_hint("formats read: .pt as torch.save writes it since 1.6, safetensors"),
+        None => Error::new(ErrorKind::Unsupported, "this is no checkpoint that reweft reads")
+            .with_hint("formats read: .pt as torch.save writes and wrote it, pickles, safetensors"),
     }
 }

@@ -21,7 +21,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             pickle: reweft_pickle::Limits::default(),
-            max_keys: 10_000_000,
+            max_keys: 1_000_000,
             max_key_nbytes: 4096,
             max_metadata_nbytes: 1 << 30,
             max_repeated_nbytes: 1 << 30,

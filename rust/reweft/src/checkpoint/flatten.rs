@@ -10,7 +10,8 @@ use indexmap::IndexMap;
 use reweft_pickle::{NodeId, Pickle, Value as Node};
 use serde::Serialize;
 
-use super::rebuild::{Rebuild, is_tensor};
+use super::module;
+use super::rebuild::{Part, Rebuild, Rebuilt, is_tensor};
 use super::{Item, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
@@ -42,7 +43,7 @@ pub(super) struct Flat {
 /// A container that is being walked.
 struct Frame {
     id: NodeId,
-    children: std::vec::IntoIter<(String, NodeId)>,
+    children: std::vec::IntoIter<(String, Part)>,
     /// Length of the path before this container.
     path_nbytes: usize,
 }
@@ -62,14 +63,12 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
         leaves: 0,
     };
     let mut stack = Vec::new();
-    if let Some(frame) = walk.enter(rebuild, root, 0)? {
-        stack.push(frame);
-    }
+    stack.extend(walk.enter(rebuild, root, 0)?);
     loop {
         let nested = stack.len() > 1;
         let Some(frame) = stack.last_mut() else { break };
         let before = walk.path.len();
-        let Some((name, id)) = frame.children.next() else {
+        let Some((name, part)) = frame.children.next() else {
             walk.path.truncate(frame.path_nbytes);
             walk.open.remove(&frame.id);
             stack.pop();
@@ -80,7 +79,11 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
             walk.path.push('.');
         }
         walk.path.push_str(&name);
-        match walk.enter(rebuild, id, before)? {
+        let entered = match part {
+            Part::Node(id) => walk.enter(rebuild, id, before)?,
+            Part::Item(item) => walk.keep(item).map(|()| None)?,
+        };
+        match entered {
             Some(frame) => stack.push(frame),
             None => walk.path.truncate(before),
         }
@@ -116,19 +119,29 @@ impl Walk<'_> {
             );
             return Err(Error::new(ErrorKind::Limit, what));
         }
-        if let Some(item) = rebuild.item(id).map_err(|error| error.of_key(&self.path))? {
-            return self.keep(item).map(|()| None);
+        match rebuild.item(id).map_err(|error| error.of_key(&self.path))? {
+            Some(Rebuilt::Item(item)) => return self.keep(item).map(|()| None),
+            Some(Rebuilt::Parts(what, parts)) => {
+                self.note(what);
+                return Ok(self.frame(id, parts, path_nbytes));
+            }
+            None => {}
         }
         if is_plain_list(self.pickle, id) {
             self.note(self.pickle.describe(id));
             return Ok(None);
         }
         if let Some(children) = children(self.pickle, id).map_err(|error| error.of_key(&self.path))? {
-            if !self.open.insert(id) {
-                self.note("a reference to a container that encloses it".to_owned());
-                return Ok(None);
+            let parts = children.into_iter().map(|(name, id)| (name, Part::Node(id))).collect();
+            return Ok(self.frame(id, parts, path_nbytes));
+        }
+        if let Some(module) = module::state(self.pickle, id) {
+            for name in module.left_out {
+                let path = if self.path.is_empty() { name } else { format!("{}.{name}", self.path) };
+                self.flat.values.push(Value { path, what: "buffer that is no part of the state_dict".to_owned() });
             }
-            return Ok(Some(Frame { id, children: children.into_iter(), path_nbytes }));
+            let parts = module.items.into_iter().map(|(name, id)| (name, Part::Node(id))).collect();
+            return Ok(self.frame(id, parts, path_nbytes));
         }
         let what = self.pickle.describe(id);
         if self.reaches_tensor(id) {
@@ -138,6 +151,15 @@ impl Walk<'_> {
         }
         self.note(what);
         Ok(None)
+    }
+
+    /// Starts to walk a container, unless the path leads through it already.
+    fn frame(&mut self, id: NodeId, parts: Vec<(String, Part)>, path_nbytes: usize) -> Option<Frame> {
+        if !self.open.insert(id) {
+            self.note("a reference to a container that encloses it".to_owned());
+            return None;
+        }
+        Some(Frame { id, children: parts.into_iter(), path_nbytes })
     }
 
     fn keep(&mut self, item: Item) -> Result<()> {

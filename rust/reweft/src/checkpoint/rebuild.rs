@@ -9,6 +9,7 @@ use super::{Item, Storage};
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::Source;
 use crate::tensor::TensorInfo;
 
 /// What a function that a checkpoint names makes of its arguments.
@@ -18,9 +19,17 @@ enum Function {
     TensorV2,
     /// The same with the dtype as seventh argument, over an untyped storage.
     TensorV3,
-    /// `(tensor, ...)`: the tensor is a parameter.
-    Parameter,
-    /// A tensor, but not one with a strided storage.
+    /// `(tensor, ...)`: a parameter, or a tensor of a device that has no storages of its own.
+    First,
+    /// `(function, class, arguments, state)`: a subclass, or a tensor with attributes.
+    FromType,
+    /// `(storage, offset, size, stride, (scheme, scale, zero point[, axis]), ...)`.
+    Quantised,
+    /// `(layout, (indices, values, size, ...))`.
+    Sparse,
+    /// `(buffer, sizes, strides, offsets)`.
+    Nested,
+    /// A tensor that cannot be read from this file.
     Other(&'static str),
 }
 
@@ -29,17 +38,57 @@ const FUNCTIONS: &[(&str, &str, Function)] = &[
     ("torch._utils", "_rebuild_tensor", Function::TensorV2),
     ("torch._utils", "_rebuild_tensor_v2", Function::TensorV2),
     ("torch._utils", "_rebuild_tensor_v3", Function::TensorV3),
-    ("torch._utils", "_rebuild_parameter", Function::Parameter),
-    ("torch._utils", "_rebuild_parameter_with_state", Function::Parameter),
-    ("torch._tensor", "_rebuild_from_type_v2", Function::Other("a tensor subclass or a tensor with attributes")),
-    ("torch._utils", "_rebuild_wrapper_subclass", Function::Other("a tensor subclass")),
-    ("torch._utils", "_rebuild_qtensor", Function::Other("a quantised tensor")),
-    ("torch._utils", "_rebuild_sparse_tensor", Function::Other("a sparse tensor")),
-    ("torch._utils", "_rebuild_nested_tensor", Function::Other("a nested tensor")),
+    ("torch._utils", "_rebuild_parameter", Function::First),
+    ("torch._utils", "_rebuild_parameter_with_state", Function::First),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", Function::First),
+    ("torch._tensor", "_rebuild_from_type_v2", Function::FromType),
+    ("torch._utils", "_rebuild_qtensor", Function::Quantised),
+    ("torch._utils", "_rebuild_sparse_tensor", Function::Sparse),
+    ("torch._utils", "_rebuild_nested_tensor", Function::Nested),
+    ("torch._utils", "_rebuild_wrapper_subclass", Function::Other("a tensor subclass without its parts")),
     ("torch._utils", "_rebuild_meta_tensor_no_storage", Function::Other("a meta tensor, which has no data")),
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", Function::Other("a tensor of another device")),
-    ("torch._utils", "_rebuild_device_tensor_from_numpy", Function::Other("a tensor of another device")),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy", Function::Other("a tensor of another device, kept as numpy")),
+    ("torch._utils", "_rebuild_xla_tensor", Function::Other("a tensor of another device, kept as numpy")),
 ];
+
+/// Classes whose tensors are nothing but their bytes.
+const PLAIN_CLASSES: &[(&str, &str)] = &[
+    ("torch", "Tensor"),
+    ("torch._tensor", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.nn.parameter", "Buffer"),
+];
+
+/// Names of a sparse tensor's index tensors by layout, as torch's methods name them.
+const SPARSE_INDICES: &[(&str, &[&str])] = &[
+    ("sparse_coo", &["indices"]),
+    ("sparse_csr", &["crow_indices", "col_indices"]),
+    ("sparse_csc", &["ccol_indices", "row_indices"]),
+    ("sparse_bsr", &["crow_indices", "col_indices"]),
+    ("sparse_bsc", &["ccol_indices", "row_indices"]),
+];
+
+/// What a call in the pickle makes.
+pub(super) enum Rebuilt {
+    /// One tensor, or one that is out of reach.
+    Item(Item),
+    /// What has no dense form: its parts by name, and what they are parts of.
+    Parts(String, Vec<(String, Part)>),
+}
+
+/// Something under a name: still to be looked at, or done.
+pub(super) enum Part {
+    Node(NodeId),
+    Item(Item),
+}
+
+/// Where one file keeps the bytes of its storages.
+pub(super) enum Places<'p> {
+    /// In records of an archive, below this root folder.
+    Archive(Arc<Archive>, &'p str),
+    /// In the file itself, by key: first byte and number of elements.
+    File(Source, HashMap<String, (u64, u64)>),
+}
 
 /// Globals that a checkpoint may name and that mean nothing dangerous or unknown.
 const PLAIN_GLOBALS: &[(&str, &str)] = &[
@@ -57,92 +106,117 @@ const PLAIN_GLOBALS: &[(&str, &str)] = &[
     ("torch.serialization", "_get_layout"),
 ];
 
-/// Most links from a parameter to its tensor; torch writes one.
-const MAX_PARAMETER_LINKS: usize = 8;
+/// Most calls around a tensor (a parameter, a subclass); torch writes two.
+const MAX_LINKS: usize = 8;
 
 /// Rebuilds tensors of one pickle; storages are collected once each.
 pub(super) struct Rebuild<'p> {
     pickle: &'p Pickle<'p>,
-    archive: Arc<Archive>,
-    root: &'p str,
+    places: Places<'p>,
+    /// Whether the file's bytes are of the other order.
+    big_endian: bool,
     /// The storages in the order of first use.
     pub storages: Vec<Storage>,
     by_key: HashMap<&'p str, usize>,
-    /// Storage by persistent id node, so that a shared one is looked up once.
-    by_node: HashMap<NodeId, usize>,
+    /// Storage and first element by persistent id node, so that a shared one is looked up once.
+    by_node: HashMap<NodeId, (usize, u64)>,
+    /// Tensors of classes that are not known, read as their plain payload.
+    pub notices: Vec<String>,
 }
 
 impl<'p> Rebuild<'p> {
-    pub fn new(pickle: &'p Pickle<'p>, archive: Arc<Archive>, root: &'p str) -> Self {
-        Self { pickle, archive, root, storages: Vec::new(), by_key: HashMap::new(), by_node: HashMap::new() }
+    pub fn new(pickle: &'p Pickle<'p>, places: Places<'p>, big_endian: bool) -> Self {
+        let (by_key, by_node) = (HashMap::new(), HashMap::new());
+        Self { pickle, places, big_endian, storages: Vec::new(), by_key, by_node, notices: Vec::new() }
     }
 
-    /// The tensor that a value is, if it is one. `Unreadable` where only this tensor is out of reach.
+    /// The tensor or the parts that a value is, if it is a call of the table. `Unreadable` where only this tensor is
+    /// out of reach.
     ///
     /// # Errors
     /// [`ErrorKind::Format`] where the arguments contradict themselves or the archive.
-    pub fn item(&mut self, id: NodeId) -> Result<Option<Item>> {
-        let mut id = id;
-        for _ in 0..MAX_PARAMETER_LINKS {
-            let Some((function, object)) = function(self.pickle, id) else { return Ok(None) };
-            let args = self.pickle.as_tuple(object.args).unwrap_or_default();
-            let found = match function {
-                Function::Parameter => {
-                    id = *args.first().ok_or_else(|| Error::format("parameter without a tensor"))?;
-                    if function_of(self.pickle, id).is_none() {
-                        let what = self.pickle.describe(id);
-                        return Ok(Some(Item::Unreadable(format!("it depends on {what}, which reweft does not know"))));
+    pub fn item(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
+        let pickle = self.pickle;
+        let Some((mut function, object)) = function(pickle, id) else { return self.old_tensor(id) };
+        let mut args = pickle.as_tuple(object.args).unwrap_or_default();
+        for _ in 0..MAX_LINKS {
+            let item = match function {
+                Function::First | Function::FromType => {
+                    match self.inner(function, args)? {
+                        Inner::Call(next, inner) => (function, args) = (next, inner),
+                        Inner::Done(rebuilt) => return Ok(Some(rebuilt)),
                     }
                     continue;
                 }
-                Function::TensorV2 => self.tensor(args, None, args.get(6)),
-                Function::TensorV3 => {
-                    let dtype = args.get(6).and_then(|id| self.pickle.as_global(*id));
-                    let name = dtype.map_or_else(String::new, |(module, name)| format!("{module}.{name}"));
-                    let dtype = Dtype::from_name(&name);
-                    match dtype {
-                        Some(dtype) => self.tensor(args, Some(dtype), args.get(7)),
-                        None => Ok(Item::Unreadable(format!("its dtype {name:?} is not known"))),
-                    }
-                }
-                Function::Other(what) => Ok(Item::Unreadable(format!("it is {what}, which is not read yet"))),
+                Function::TensorV2 => self.tensor(args, None, args.get(6))?,
+                Function::TensorV3 => match args.get(6).and_then(|id| global_dtype(pickle, *id)) {
+                    Some(dtype) => self.tensor(args, Some(dtype), args.get(7))?,
+                    None => Item::Unreadable("its dtype is not known".to_owned()),
+                },
+                Function::Quantised => return self.quantised(args).map(Some),
+                Function::Sparse => return sparse(pickle, args).map(Some),
+                Function::Nested => return nested(args).map(Some),
+                Function::Other(what) => Item::Unreadable(format!("it is {what}, which is not read yet")),
             };
-            return found.map(Some);
+            return Ok(Some(Rebuilt::Item(item)));
         }
-        Err(Error::format("parameter of a parameter of a parameter, and so on"))
+        Err(Error::format("a tensor in a tensor in a tensor, and so on"))
+    }
+
+    /// Looks into a parameter or subclass: the call that makes its tensor, or what can be said without one.
+    fn inner(&mut self, outer: Function, args: &'p [NodeId]) -> Result<Inner<'p>> {
+        let pickle = self.pickle;
+        if let Function::First = outer {
+            let id = *args.first().ok_or_else(|| Error::format("parameter without a tensor"))?;
+            let Some((function, object)) = function(pickle, id) else {
+                let what = format!("it depends on {}, which reweft does not know", pickle.describe(id));
+                return Ok(Inner::Done(Rebuilt::Item(Item::Unreadable(what))));
+            };
+            return Ok(Inner::Call(function, pickle.as_tuple(object.args).unwrap_or_default()));
+        }
+        let [function, class, inner, state, ..] = args else {
+            return Err(Error::format(format!("tensor of a class with {} arguments, wanted 4", args.len())));
+        };
+        let name = pickle.as_global(*class).map_or_else(String::new, |(module, name)| format!("{module}.{name}"));
+        let row = pickle.as_global(*function).and_then(|name| FUNCTIONS.iter().find(|row| (row.0, row.1) == name));
+        match (row, pickle.as_tuple(*inner)) {
+            (Some((_, _, Function::Other(_))), _) if pickle.dict(*state).is_some() => {
+                Ok(Inner::Done(Rebuilt::Parts(format!("{name} tensor"), parts_of_state(pickle, *state))))
+            }
+            (Some((_, _, function)), Some(inner)) => {
+                if !pickle.as_global(*class).is_some_and(|class| PLAIN_CLASSES.contains(&class)) {
+                    self.notices.push(format!("a tensor of class {name} is read as its plain payload"));
+                }
+                Ok(Inner::Call(*function, inner))
+            }
+            _ => {
+                let what = format!("it is made by {}, which reweft does not know", pickle.describe(*function));
+                Ok(Inner::Done(Rebuilt::Item(Item::Unreadable(what))))
+            }
+        }
+    }
+
+    /// Tensors of the first releases: an object of a tensor class with `(storage, offset, size, stride)` as its state.
+    fn old_tensor(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
+        let Some((("torch", name), object)) = self.pickle.as_call(id) else { return Ok(None) };
+        let [.., state] = object.state() else { return Ok(None) };
+        let is_tensor = name.ends_with("Tensor");
+        match self.pickle.as_tuple(*state) {
+            Some(state) if is_tensor && state.len() == 4 => Ok(Some(Rebuilt::Item(self.tensor(state, None, None)?))),
+            _ => Ok(None),
+        }
     }
 
     fn tensor(&mut self, args: &[NodeId], dtype: Option<Dtype>, metadata: Option<&NodeId>) -> Result<Item> {
         let pickle = self.pickle;
-        let [storage, storage_offset, shape, strides, ..] = args else {
-            return Err(Error::format(format!("tensor of {} arguments, wanted at least 4", args.len())));
-        };
         if metadata.is_some_and(|id| pickle.dict(*id).is_none_or(|pairs| !pairs.is_empty())) {
             return Ok(Item::Unreadable("it is a conjugate or negative view, which is not read yet".to_owned()));
         }
-        let Some(storage) = self.storage(*storage)? else {
-            let what = pickle.describe(*storage);
-            return Ok(Item::Unreadable(format!("its storage is {what}, which reweft does not know")));
+        let info = match self.view(args, dtype)? {
+            Ok(info) => info,
+            Err(why) => return Ok(Item::Unreadable(why)),
         };
-        let held = &self.storages[storage];
-        if held.device == "meta" {
-            return Ok(Item::Unreadable("it is a meta tensor, which has no data".to_owned()));
-        }
-        let Some(dtype) = dtype.or(held.dtype) else {
-            return Err(Error::format("tensor of an untyped storage states no dtype"));
-        };
-        if dtype.itemsize().is_none() {
-            return Err(Error::format(format!("torch has no dtype {dtype}")));
-        }
-        let info = TensorInfo {
-            dtype,
-            shape: sizes(pickle, *shape, "size")?,
-            strides: sizes(pickle, *strides, "stride")?,
-            storage,
-            storage_offset: size(pickle, *storage_offset, "storage offset")?,
-        };
-        info.window(held.nbytes)?;
-        Ok(match dtype {
+        Ok(match info.dtype {
             Dtype::QInt8 | Dtype::QUInt8 | Dtype::QInt32 | Dtype::QUInt4x2 | Dtype::QUInt2x4 => {
                 Item::Unreadable("it is a quantised tensor without its parameters".to_owned())
             }
@@ -150,33 +224,107 @@ impl<'p> Rebuild<'p> {
         })
     }
 
-    /// The number of the storage behind a persistent id; `None` if the value is something else.
-    fn storage(&mut self, id: NodeId) -> Result<Option<usize>> {
-        if let Some(number) = self.by_node.get(&id) {
-            return Ok(Some(*number));
+    /// `(storage, offset, size, stride, ...)` as a view; the inner error says why only this tensor is out of reach.
+    fn view(&mut self, args: &[NodeId], dtype: Option<Dtype>) -> Result<Result<TensorInfo, String>> {
+        let pickle = self.pickle;
+        let [storage, storage_offset, shape, strides, ..] = args else {
+            return Err(Error::format(format!("tensor of {} arguments, wanted at least 4", args.len())));
+        };
+        let Some((storage, first)) = self.storage(*storage)? else {
+            let what = pickle.describe(*storage);
+            return Ok(Err(format!("its storage is {what}, which reweft does not know")));
+        };
+        let held = &self.storages[storage];
+        if held.device == "meta" {
+            return Ok(Err("it is a meta tensor, which has no data".to_owned()));
+        }
+        let Some(dtype) = dtype.or(held.dtype) else {
+            return Err(Error::format("tensor of an untyped storage states no dtype"));
+        };
+        if dtype.itemsize().is_none() {
+            return Err(Error::format(format!("torch has no dtype {dtype}")));
+        }
+        let storage_offset = size(pickle, *storage_offset, "storage offset")?;
+        let storage_offset = storage_offset.checked_add(first).ok_or_else(|| Error::format("offset overflows"))?;
+        let (shape, strides) = (sizes(pickle, *shape, "size")?, sizes(pickle, *strides, "stride")?);
+        let info = TensorInfo { dtype, shape, strides, storage, storage_offset };
+        info.window(held.nbytes)?;
+        Ok(Ok(info))
+    }
+
+    /// The integers of a quantised tensor, and what turns them into numbers.
+    fn quantised(&mut self, args: &[NodeId]) -> Result<Rebuilt> {
+        let pickle = self.pickle;
+        let info = match self.view(args, None)? {
+            Ok(info) => info,
+            Err(why) => return Ok(Rebuilt::Item(Item::Unreadable(why))),
+        };
+        let dtype = match info.dtype {
+            Dtype::QInt8 => Dtype::I8,
+            Dtype::QInt32 => Dtype::I32,
+            Dtype::QUInt8 | Dtype::QUInt4x2 | Dtype::QUInt2x4 => Dtype::U8,
+            other => return Err(Error::format(format!("quantised tensor of {other}"))),
+        };
+        let Some([scheme, scale, zero_point, rest @ ..]) = args.get(4).and_then(|id| pickle.as_tuple(*id)) else {
+            return Err(Error::format("quantised tensor without a scheme"));
+        };
+        let scheme = pickle.as_global(*scheme).map_or("unknown scheme", |(_, name)| name);
+        let what = format!("{scheme} quantised tensor of {}", info.dtype);
+        let mut parts = vec![
+            ("int_repr".to_owned(), Part::Item(Item::Tensor(TensorInfo { dtype, ..info }))),
+            ("scale".to_owned(), Part::Node(*scale)),
+            ("zero_point".to_owned(), Part::Node(*zero_point)),
+        ];
+        parts.extend(rest.iter().map(|axis| ("axis".to_owned(), Part::Node(*axis))));
+        Ok(Rebuilt::Parts(what, parts))
+    }
+
+    /// Number of the storage behind a persistent id and the element its view starts at; `None` if the value is
+    /// something else.
+    fn storage(&mut self, id: NodeId) -> Result<Option<(usize, u64)>> {
+        if let Some(found) = self.by_node.get(&id) {
+            return Ok(Some(*found));
         }
         let Value::Persistent(pid) = self.pickle.get(id) else { return Ok(None) };
-        let (key, dtype, device, numel) = storage_id(self.pickle, *pid)?;
+        let StorageId { key, dtype, device, numel, first } = storage_id(self.pickle, *pid)?;
         let itemsize = dtype.and_then(Dtype::itemsize).unwrap_or(1);
         let nbytes = numel.checked_mul(itemsize).ok_or_else(|| Error::format("storage takes 2^64 bytes"))?;
-        if let Some(number) = self.by_key.get(key) {
+        let number = if let Some(number) = self.by_key.get(key) {
             let held = &self.storages[*number];
             if (held.dtype, held.nbytes, held.device.as_str()) != (dtype, nbytes, device) {
                 return Err(Error::format(format!("storage {key:?} is described in two ways")));
             }
-            self.by_node.insert(id, *number);
-            return Ok(Some(*number));
-        }
-        let record = format!("{}/data/{key}", self.root);
-        let storage = Storage::record(Arc::clone(&self.archive), record, dtype, nbytes, device);
-        if device != "meta" {
-            storage.check_nbytes()?;
-        }
-        let number = self.storages.len();
-        self.storages.push(storage);
-        self.by_key.insert(key, number);
-        self.by_node.insert(id, number);
-        Ok(Some(number))
+            *number
+        } else {
+            let storage = self.place(key, dtype, device, numel, nbytes)?;
+            self.storages.push(storage);
+            self.by_key.insert(key, self.storages.len() - 1);
+            self.storages.len() - 1
+        };
+        self.by_node.insert(id, (number, first));
+        Ok(Some((number, first)))
+    }
+
+    fn place(&self, key: &str, dtype: Option<Dtype>, device: &str, numel: u64, nbytes: u64) -> Result<Storage> {
+        let storage = match &self.places {
+            Places::Archive(archive, root) => {
+                let storage = Storage::record(Arc::clone(archive), format!("{root}/data/{key}"), dtype, nbytes, device);
+                if device != "meta" {
+                    storage.check_nbytes()?;
+                }
+                storage
+            }
+            Places::File(source, places) => {
+                let (start, found) =
+                    *places.get(key).ok_or_else(|| Error::format(format!("the file has no storage {key:?}")))?;
+                if found != numel {
+                    let what = format!("storage {key:?} has {found} elements, its tensors say {numel}");
+                    return Err(Error::format(what));
+                }
+                Storage::in_file(Arc::clone(source), start, key, dtype, nbytes, device)
+            }
+        };
+        Ok(if self.big_endian { storage.swapped() } else { storage })
     }
 
     /// Globals that reweft gives no meaning to, as `module.name`, in the order of the file.
@@ -192,6 +340,12 @@ impl<'p> Rebuild<'p> {
     }
 }
 
+/// What is inside a parameter or subclass.
+enum Inner<'p> {
+    Call(Function, &'p [NodeId]),
+    Done(Rebuilt),
+}
+
 /// The table's entry for a call, and the call.
 fn function<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Option<(Function, &'p Object)> {
     let ((module, name), object) = pickle.as_call(id)?;
@@ -203,18 +357,77 @@ fn function_of(pickle: &Pickle<'_>, id: NodeId) -> Option<Function> {
     function(pickle, id).map(|(function, _)| function)
 }
 
+/// The dtype that a global like `torch.uint16` names.
+fn global_dtype(pickle: &Pickle<'_>, id: NodeId) -> Option<Dtype> {
+    match pickle.as_global(id)? {
+        ("torch", name) => Dtype::from_name(name).filter(|dtype| dtype.name() == name),
+        _ => None,
+    }
+}
+
+fn sparse(pickle: &Pickle<'_>, args: &[NodeId]) -> Result<Rebuilt> {
+    let [layout, data, ..] = args else { return Err(Error::format("sparse tensor without layout or data")) };
+    let layout = layout_name(pickle, *layout).unwrap_or_default();
+    let row = SPARSE_INDICES.iter().find(|row| row.0 == layout);
+    let (_, names) = row.ok_or_else(|| Error::format(format!("sparse tensor of layout {layout:?}")))?;
+    let names = [*names, &["values", "size"]].concat();
+    let parts = pickle.as_tuple(*data).unwrap_or_default();
+    if parts.len() < names.len() {
+        return Err(Error::format(format!("{layout} tensor of {} parts, wanted {}", parts.len(), names.len())));
+    }
+    let parts = names.iter().zip(parts).map(|(name, part)| ((*name).to_owned(), Part::Node(*part)));
+    Ok(Rebuilt::Parts(format!("{layout} tensor"), parts.collect()))
+}
+
+/// `torch.sparse_coo` as a global, or as the argument of `_get_layout`.
+fn layout_name<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Option<&'p str> {
+    let name = match pickle.as_call(id) {
+        Some((("torch.serialization", "_get_layout"), object)) => {
+            pickle.as_str(*pickle.as_tuple(object.args)?.first()?)?
+        }
+        _ => pickle.as_global(id)?.1,
+    };
+    Some(name.strip_prefix("torch.").unwrap_or(name))
+}
+
+fn nested(args: &[NodeId]) -> Result<Rebuilt> {
+    let names = ["buffer", "sizes", "strides", "offsets"];
+    if args.len() < names.len() {
+        return Err(Error::format(format!("nested tensor of {} parts, wanted {}", args.len(), names.len())));
+    }
+    let parts = names.into_iter().zip(args).map(|(name, part)| (name.to_owned(), Part::Node(*part)));
+    Ok(Rebuilt::Parts("nested tensor".to_owned(), parts.collect()))
+}
+
+/// The attributes of a wrapper subclass; its tensors are among them.
+fn parts_of_state(pickle: &Pickle<'_>, state: NodeId) -> Vec<(String, Part)> {
+    let pairs = pickle.dict(state).unwrap_or_default();
+    let named = pairs.iter().filter_map(|(name, value)| Some((pickle.as_str(*name)?.to_owned(), Part::Node(*value))));
+    named.collect()
+}
+
 /// Whether a value is a tensor, or a storage outside of one.
 pub(super) fn is_tensor(pickle: &Pickle<'_>, id: NodeId) -> bool {
     matches!(pickle.get(id), Value::Persistent(_)) || function_of(pickle, id).is_some()
 }
 
-/// `("storage", class, key, location, numel)`: key, dtype, device and number of elements.
-fn storage_id<'p>(pickle: &'p Pickle<'_>, pid: NodeId) -> Result<(&'p str, Option<Dtype>, &'p str, u64)> {
+/// What a persistent id says of a storage.
+pub(super) struct StorageId<'p> {
+    pub key: &'p str,
+    pub dtype: Option<Dtype>,
+    pub device: &'p str,
+    pub numel: u64,
+    /// First element of the view that the id means; only old files have other views than the whole.
+    pub first: u64,
+}
+
+/// Reads `("storage", class, key, location, numel[, (view key, offset, view numel) or None])`.
+pub(super) fn storage_id<'p>(pickle: &'p Pickle<'_>, pid: NodeId) -> Result<StorageId<'p>> {
     let bad = |what: &str| Err(Error::format(format!("persistent id: {what}")));
-    let Some([kind, class, key, device, numel]) = pickle.as_tuple(pid) else {
-        return bad("is no tuple of 5, as torch writes it");
+    let Some([kind, class, key, device, numel, view @ ..]) = pickle.as_tuple(pid) else {
+        return bad("is no tuple of 5 or 6, as torch writes it");
     };
-    if pickle.as_str(*kind) != Some("storage") {
+    if pickle.as_str(*kind) != Some("storage") || view.len() > 1 {
         return bad("names something else than a storage");
     }
     let Some((module, class)) = pickle.as_global(*class) else { return bad("storage class is no class") };
@@ -231,7 +444,19 @@ fn storage_id<'p>(pickle: &'p Pickle<'_>, pid: NodeId) -> Result<(&'p str, Optio
             Error::new(ErrorKind::Unsupported, what)
         })?),
     };
-    Ok((key, dtype, device, size(pickle, *numel, "storage size")?))
+    let numel = size(pickle, *numel, "storage size")?;
+    let first = match view.first().map(|view| (pickle.as_tuple(*view), pickle.get(*view))) {
+        None | Some((_, Value::None)) => 0,
+        Some((Some([_, offset, view_numel]), _)) => {
+            let (first, count) = (size(pickle, *offset, "view offset")?, size(pickle, *view_numel, "view size")?);
+            if first.checked_add(count).is_none_or(|end| end > numel) {
+                return bad("view is larger than its storage");
+            }
+            first
+        }
+        Some(_) => return bad("view is no tuple of 3"),
+    };
+    Ok(StorageId { key, dtype, device, numel, first })
 }
 
 fn size(pickle: &Pickle<'_>, id: NodeId, what: &str) -> Result<u64> {

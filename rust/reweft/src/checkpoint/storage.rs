@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::container::zip::Archive;
+use crate::container::zip::{Archive, Method};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::source::{self, Source};
@@ -22,6 +22,8 @@ pub struct Storage {
     place: Place,
     /// Whether the record's CRC was compared already.
     checked: AtomicBool,
+    /// Whether the file is of the other byte order.
+    swapped: bool,
 }
 
 #[derive(Debug)]
@@ -35,19 +37,45 @@ enum Place {
 impl Storage {
     pub(super) fn record(archive: Arc<Archive>, name: String, dtype: Option<Dtype>, nbytes: u64, device: &str) -> Self {
         let checked = AtomicBool::new(false);
-        Self { name, dtype, nbytes, device: device.to_owned(), place: Place::Record(archive), checked }
+        Self { name, dtype, nbytes, device: device.to_owned(), place: Place::Record(archive), checked, swapped: false }
     }
 
     pub(super) fn range(source: Source, byte_offset: u64, nbytes: u64, dtype: Dtype) -> Self {
         let place = Place::Range(source, byte_offset);
         let (name, dtype, device) = (String::new(), Some(dtype), "cpu".to_owned());
-        Self { name, dtype, nbytes, device, place, checked: AtomicBool::new(true) }
+        Self { name, dtype, nbytes, device, place, checked: AtomicBool::new(true), swapped: false }
+    }
+
+    /// A range of a file that has other bytes around it.
+    pub(super) fn in_file(
+        source: Source,
+        byte_offset: u64,
+        key: &str,
+        dtype: Option<Dtype>,
+        nbytes: u64,
+        device: &str,
+    ) -> Self {
+        let place = Place::Range(source, byte_offset);
+        let (name, device, checked) = (key.to_owned(), device.to_owned(), AtomicBool::new(true));
+        Self { name, dtype, nbytes, device, place, checked, swapped: false }
+    }
+
+    /// Says that the bytes of every element stand in the other order.
+    pub(super) fn swapped(mut self) -> Self {
+        self.swapped = true;
+        self
+    }
+
+    /// Whether the bytes of every element stand in the other order; [`Checkpoint::read`](super::Checkpoint::read)
+    /// turns them.
+    pub fn is_swapped(&self) -> bool {
+        self.swapped
     }
 
     pub(super) fn from_memory((number, source): (usize, Source)) -> Self {
         let (name, nbytes, device) = (number.to_string(), source.len(), "cpu".to_owned());
         let place = Place::Range(source, 0);
-        Self { name, dtype: None, nbytes, device, place, checked: AtomicBool::new(true) }
+        Self { name, dtype: None, nbytes, device, place, checked: AtomicBool::new(true), swapped: false }
     }
 
     /// The source and the absolute offset of the storage's first byte. Reads the record's local header.
@@ -67,7 +95,7 @@ impl Storage {
     /// [`ErrorKind::Format`](crate::ErrorKind::Format) for a wrong CRC; read errors.
     pub fn check(&self) -> Result<()> {
         let Place::Record(archive) = &self.place else { return Ok(()) };
-        if self.checked.load(Ordering::Acquire) {
+        if self.checked.load(Ordering::Acquire) || self.is_packed() {
             return Ok(());
         }
         let (source, start) = self.locate()?;
@@ -83,6 +111,14 @@ impl Storage {
     pub fn read_into(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
         let nbytes = out.len() as u64;
         source::check_range(self.nbytes, byte_offset, nbytes).map_err(|error| error.in_record(&self.name))?;
+        if let Place::Record(archive) = &self.place
+            && self.is_packed()
+        {
+            // Somebody zipped the file again. Unpacked anew for each tensor; sharing of a record is rare in such files.
+            let bytes = archive.read(&self.name)?;
+            out.copy_from_slice(source::slice(&bytes, byte_offset, nbytes)?);
+            return Ok(());
+        }
         let (source, start) = self.locate()?;
         let whole = byte_offset == 0 && nbytes == self.nbytes;
         if !whole {
@@ -103,10 +139,21 @@ impl Storage {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn as_slice(&self) -> Result<Option<&[u8]>> {
+        if self.swapped || self.is_packed() {
+            return Ok(None);
+        }
         let (source, start) = self.locate()?;
         let Some(bytes) = source.as_slice() else { return Ok(None) };
         self.check()?;
         source::slice(bytes, start, self.nbytes).map(Some)
+    }
+
+    /// Whether the record is compressed, so that its bytes have no place in the file.
+    fn is_packed(&self) -> bool {
+        match &self.place {
+            Place::Record(archive) => archive.entry(&self.name).is_ok_and(|entry| entry.method != Method::STORED),
+            Place::Range(..) => false,
+        }
     }
 
     /// Refuses a record whose length is not what the file's metadata says.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use reweft_pickle::Pickle;
 
 use super::flatten::flatten;
-use super::rebuild::Rebuild;
+use super::rebuild::{Places, Rebuild};
 use super::{Contents, Format, OpenOptions, Read};
 use crate::container::zip::Archive;
 use crate::error::{Error, ErrorKind, Result};
@@ -25,7 +25,7 @@ pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
     let root = archive.root()?.to_owned();
     let record = format!("{root}/{}", paths::PICKLE);
     check_kind(&archive, &root, &record)?;
-    check_byte_order(&archive, &root)?;
+    let big_endian = is_big_endian(&archive, &root)?;
     let nbytes = archive.entry(&record)?.nbytes;
     let limit = options.limits.max_metadata_nbytes;
     if nbytes > limit {
@@ -37,16 +37,29 @@ pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
     let pickle = Pickle::parse(&bytes, &options.limits.pickle).map_err(|error| in_pickle(error.into()))?;
     if pickle.nbytes() != bytes.len() {
         let left = bytes.len() - pickle.nbytes();
-        return Err(in_pickle(
-            Error::format(format!("{left} bytes stand behind the pickle")).at(pickle.nbytes() as u64),
-        ));
+        let error = Error::format(format!("{left} bytes stand behind the pickle"));
+        return Err(in_pickle(error.at(pickle.nbytes() as u64)));
     }
-    let mut rebuild = Rebuild::new(&pickle, Arc::clone(&archive), &root);
-    let flat = flatten(&pickle, &mut rebuild, options).map_err(in_pickle)?;
-    let notices = crc_notices(&archive);
+    let places = Places::Archive(Arc::clone(&archive), &root);
+    let mut read = read_object(&pickle, places, big_endian, Format::TorchZip, options).map_err(in_pickle)?;
+    read.contents.notices.extend(crc_notices(&archive));
+    Ok(read)
+}
+
+/// Rebuilds what one pickle says, whichever container it and its storages are in.
+pub(super) fn read_object(
+    pickle: &Pickle<'_>,
+    places: Places<'_>,
+    big_endian: bool,
+    format: Format,
+    options: &OpenOptions,
+) -> Result<Read> {
+    let mut rebuild = Rebuild::new(pickle, places, big_endian);
+    let flat = flatten(pickle, &mut rebuild, options)?;
     let unknown_globals = rebuild.unknown_globals();
+    let notices = rebuild.notices;
     let contents = Contents { values: flat.values, unknown_globals, notices, ..Contents::default() };
-    Ok(Read { format: Format::TorchZip, items: flat.items, storages: rebuild.storages, contents })
+    Ok(Read { format, items: flat.items, storages: rebuild.storages, contents })
 }
 
 /// Tells the other archives that torch writes from a checkpoint.
@@ -68,15 +81,13 @@ fn check_kind(archive: &Archive, root: &str, pickle: &str) -> Result<()> {
 }
 
 /// An absent record means little-endian: writers before 2.1 had none.
-fn check_byte_order(archive: &Archive, root: &str) -> Result<()> {
+fn is_big_endian(archive: &Archive, root: &str) -> Result<bool> {
     let record = format!("{root}/{}", paths::BYTE_ORDER);
-    let Some(entry) = archive.entries().get(&record) else { return Ok(()) };
+    let Some(entry) = archive.entries().get(&record) else { return Ok(false) };
     let order = if entry.nbytes <= 6 { archive.read(&record)? } else { Vec::new() };
     match order.as_slice() {
-        b"little" => Ok(()),
-        b"big" => {
-            Err(Error::new(ErrorKind::Unsupported, "the file is big-endian, which is not read yet").in_record(record))
-        }
+        b"little" => Ok(false),
+        b"big" => Ok(true),
         _ => Err(Error::format("byte order is neither little nor big").in_record(record)),
     }
 }

@@ -8,6 +8,7 @@
 mod append;
 mod directory;
 
+use std::io::Read;
 use std::ops::Range;
 
 use indexmap::IndexMap;
@@ -223,15 +224,42 @@ impl Archive {
         Ok(Some(end..entry.limit))
     }
 
-    /// Reads a whole stored record and checks its CRC, unless the writer left it out.
+    /// Reads a whole record, stored or deflated, and checks its CRC, unless the writer left it out. Allocates no more
+    /// than the record's stated size.
     ///
     /// # Errors
-    /// As [`place`](Self::place), and [`ErrorKind::Format`] for a wrong CRC.
+    /// As [`place`](Self::place), [`ErrorKind::Format`] for a wrong CRC or a record that unpacks to another size, and
+    /// [`ErrorKind::Unsupported`] for another kind of compression.
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let place = self.place(name)?;
-        let bytes = read_vec(&*self.source, place.data.start, place.data.end - place.data.start)?;
+        let entry = self.entry(name)?;
+        let bytes = if entry.method == Method::DEFLATED {
+            self.inflate(name, entry).map_err(|error| error.in_record(name))?
+        } else {
+            let place = self.place(name)?;
+            read_vec(&*self.source, place.data.start, place.data.end - place.data.start)?
+        };
         self.check_crc(name, crc32fast::hash(&bytes))?;
         Ok(bytes)
+    }
+
+    fn inflate(&self, name: &str, entry: &Entry) -> Result<Vec<u8>> {
+        let start = self.local_header(name, entry)?;
+        let end = start.checked_add(entry.packed_nbytes).filter(|end| *end <= entry.limit).ok_or_else(|| {
+            Error::format(format!("record of {} bytes runs into what follows it", entry.packed_nbytes)).at(start)
+        })?;
+        self.descriptor(entry, end)?;
+        let packed = read_vec(&*self.source, start, entry.packed_nbytes)?;
+        let mut bytes = Vec::new();
+        // One byte more than stated shows that there are more; the buffer grows with what is really there.
+        let mut unpacked = flate2::read::DeflateDecoder::new(packed.as_slice()).take(entry.nbytes.saturating_add(1));
+        unpacked
+            .read_to_end(&mut bytes)
+            .map_err(|error| Error::format(format!("deflated record: {error}")).at(start))?;
+        if bytes.len() as u64 == entry.nbytes {
+            return Ok(bytes);
+        }
+        let found = if bytes.len() as u64 > entry.nbytes { "more".to_owned() } else { bytes.len().to_string() };
+        Err(Error::format(format!("record unpacks to {found} bytes, the archive says {}", entry.nbytes)).at(start))
     }
 
     /// Compares a computed CRC with the directory's.

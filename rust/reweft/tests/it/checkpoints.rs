@@ -68,6 +68,17 @@ fn mapped_read_and_memory_agree() {
 }
 
 #[test]
+fn the_legacy_stream_reads_as_the_zip_archive() {
+    let (zip, legacy) = (open("checkpoints/state_dict.pt"), open("checkpoints/legacy.pt"));
+    assert_eq!(legacy.format().name(), "torch legacy");
+    assert!(zip.keys().eq(legacy.keys()));
+    for key in zip.keys() {
+        assert_eq!(zip.read(key).unwrap(), legacy.read(key).unwrap(), "{key}");
+        assert_eq!(zip.get(key).unwrap().strides, legacy.get(key).unwrap().strides, "{key}");
+    }
+}
+
+#[test]
 fn top_level_key_and_rules_lead_to_the_weights() {
     let options = OpenOptions { top_level_key: Some("model_state_dict".into()), ..OpenOptions::default() };
     let keys = KeyMap::new().rule(Rule::new(r"^module\.", "").unwrap());
@@ -91,8 +102,9 @@ fn tensors_in_an_unknown_object_are_named_and_refused() {
     let checkpoint = open("checkpoints/unknown_class.pt");
     assert_eq!(checkpoint.unknown_globals()[0], "__main__.Unknown");
     let unreadable: Vec<&str> = checkpoint.unreadable().map(|(key, _)| key).collect();
-    assert_eq!(unreadable, ["m"], "the module holds tensors, the other object none");
-    let error = checkpoint.get("m").unwrap_err();
+    assert_eq!(unreadable, ["y"], "the other object holds no tensor, and the module is read by its state");
+    assert!(checkpoint.get("m.weight").is_ok());
+    let error = checkpoint.get("y").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("x.safetensors");

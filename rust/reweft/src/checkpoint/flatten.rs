@@ -3,6 +3,7 @@
 //! Dicts and their kin, lists and tuples are walked; a value that is neither one of them nor a tensor is listed by
 //! path, so that nothing disappears without a word. A container that is saved under two keys is read under both.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 
@@ -41,9 +42,9 @@ pub(super) struct Flat {
 }
 
 /// A container that is being walked.
-struct Frame {
+struct Frame<'p> {
     id: NodeId,
-    children: std::vec::IntoIter<(String, Part)>,
+    children: std::vec::IntoIter<(Cow<'p, str>, Part)>,
     /// Length of the path before this container.
     path_nbytes: usize,
 }
@@ -107,9 +108,9 @@ struct Walk<'a> {
     leaves: usize,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
     /// Takes a leaf in, or gives the frame of a container to walk.
-    fn enter(&mut self, rebuild: &mut Rebuild<'_>, id: NodeId, path_nbytes: usize) -> Result<Option<Frame>> {
+    fn enter(&mut self, rebuild: &mut Rebuild<'_>, id: NodeId, path_nbytes: usize) -> Result<Option<Frame<'a>>> {
         self.leaves += 1;
         let limits = &self.options.limits;
         if self.leaves > limits.max_keys || self.path.len() > limits.max_key_nbytes {
@@ -123,6 +124,7 @@ impl Walk<'_> {
             Some(Rebuilt::Item(item)) => return self.keep(item).map(|()| None),
             Some(Rebuilt::Parts(what, parts)) => {
                 self.note(what);
+                let parts = parts.into_iter().map(|(name, part)| (name.into(), part)).collect();
                 return Ok(self.frame(id, parts, path_nbytes));
             }
             None => {}
@@ -140,7 +142,7 @@ impl Walk<'_> {
                 let path = if self.path.is_empty() { name } else { format!("{}.{name}", self.path) };
                 self.flat.values.push(Value { path, what: "buffer that is no part of the state_dict".to_owned() });
             }
-            let parts = module.items.into_iter().map(|(name, id)| (name, Part::Node(id))).collect();
+            let parts = module.items.into_iter().map(|(name, id)| (name.into(), Part::Node(id))).collect();
             return Ok(self.frame(id, parts, path_nbytes));
         }
         let what = self.pickle.describe(id);
@@ -154,7 +156,7 @@ impl Walk<'_> {
     }
 
     /// Starts to walk a container, unless the path leads through it already.
-    fn frame(&mut self, id: NodeId, parts: Vec<(String, Part)>, path_nbytes: usize) -> Option<Frame> {
+    fn frame(&mut self, id: NodeId, parts: Vec<(Cow<'a, str>, Part)>, path_nbytes: usize) -> Option<Frame<'a>> {
         if !self.open.insert(id) {
             self.note("a reference to a container that encloses it".to_owned());
             return None;
@@ -184,40 +186,44 @@ impl Walk<'_> {
     }
 }
 
+/// Names and values inside a container.
+type Children<'p> = Vec<(Cow<'p, str>, NodeId)>;
+
 /// Names and values inside a container; `None` if it is none.
-fn children(pickle: &Pickle<'_>, id: NodeId) -> Result<Option<Vec<(String, NodeId)>>> {
+fn children<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Result<Option<Children<'p>>> {
     if let Some(items) = pickle.as_sequence(id) {
-        return Ok(Some(items.iter().enumerate().map(|(number, item)| (number.to_string(), *item)).collect()));
+        let numbered = items.iter().enumerate().map(|(number, item)| (number.to_string().into(), *item));
+        return Ok(Some(numbered.collect()));
     }
     if !is_dict(pickle, id) {
         return Ok(None);
     }
     let Some(pairs) = pickle.dict(id) else { return Ok(None) };
     let mut named = Vec::with_capacity(pairs.len());
-    let mut seen = HashSet::with_capacity(pairs.len());
     for (key, value) in pairs.iter() {
-        let name = match pickle.get(*key) {
-            Node::Int(number) => number.to_string(),
-            _ => match pickle.as_str(*key) {
-                Some(name) => name.to_owned(),
-                None if is_tensor(pickle, *value) || is_container(pickle, *value) => {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        format!(
-                            "a dict has {} for a key; reweft names tensors by text or number",
-                            pickle.describe(*key)
-                        ),
-                    ));
-                }
-                None => pickle.describe(*key),
-            },
-        };
-        if !seen.insert(name.clone()) {
-            return Err(Error::new(ErrorKind::KeyCollision, format!("a dict has the key {name:?} twice")));
-        }
-        named.push((name, *value));
+        named.push((key_name(pickle, *key, *value)?, *value));
     }
-    Ok(Some(named))
+    let mut seen = HashSet::with_capacity(named.len());
+    match named.iter().find(|(name, _)| !seen.insert(name)) {
+        None => Ok(Some(named)),
+        Some((name, _)) => Err(Error::new(ErrorKind::KeyCollision, format!("a dict has the key {name:?} twice"))),
+    }
+}
+
+/// The text of a dict's key. What is neither text nor number can name a plain value, but no tensor.
+fn key_name<'p>(pickle: &'p Pickle<'_>, key: NodeId, value: NodeId) -> Result<Cow<'p, str>> {
+    if let Some(name) = pickle.as_str(key) {
+        return Ok(name.into());
+    }
+    if let Node::Int(number) = pickle.get(key) {
+        return Ok(number.to_string().into());
+    }
+    let what = pickle.describe(key);
+    if is_tensor(pickle, value) || is_container(pickle, value) {
+        let what = format!("a dict has {what} for a key; reweft names tensors by text or number");
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
+    Ok(what.into())
 }
 
 /// A list or tuple of numbers and texts is one value to a reader, not a line for each.
@@ -253,8 +259,8 @@ fn descend(pickle: &Pickle<'_>, path: &str) -> Result<NodeId> {
         let fits = |name: &str| rest.strip_prefix(name).filter(|rest| rest.is_empty() || rest.starts_with('.'));
         let best = names.iter().filter(|(name, _)| fits(name).is_some()).max_by_key(|(name, _)| name.len());
         let Some((name, child)) = best else {
-            let listed: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).take(20).collect();
-            let hint = suggest(rest, names.iter().map(|(name, _)| name.as_str()));
+            let listed: Vec<&str> = names.iter().map(|(name, _)| &**name).take(20).collect();
+            let hint = suggest(rest, names.iter().map(|(name, _)| &**name));
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("no such top-level key; there are: {}", listed.join(", ")),

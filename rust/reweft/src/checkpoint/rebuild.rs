@@ -109,9 +109,44 @@ const PLAIN_GLOBALS: &[(&str, &str)] = &[
 /// Most calls around a tensor (a parameter, a subclass); torch writes two.
 const MAX_LINKS: usize = 8;
 
+/// What the globals of one pickle mean, by node: a file names a handful of them, and each of its tensors asks.
+pub(super) struct Globals {
+    functions: HashMap<NodeId, Function>,
+    /// Dtype by storage class; `None` for untyped storages.
+    storages: HashMap<NodeId, Option<Dtype>>,
+}
+
+impl Globals {
+    /// Looks at every global once.
+    pub fn new(pickle: &Pickle<'_>) -> Self {
+        let mut globals = Self { functions: HashMap::new(), storages: HashMap::new() };
+        for (id, value) in pickle.nodes() {
+            if !matches!(value, Value::Global { .. }) {
+                continue;
+            }
+            let Some((module, name)) = pickle.as_global(id) else { continue };
+            if let Some(row) = FUNCTIONS.iter().find(|row| (row.0, row.1) == (module, name)) {
+                globals.functions.insert(id, row.2);
+            } else if name == "UntypedStorage" {
+                globals.storages.insert(id, None);
+            } else if let Some(dtype) = Dtype::from_storage_class(name) {
+                globals.storages.insert(id, Some(dtype));
+            }
+        }
+        globals
+    }
+
+    /// The table's entry for a call, and the call.
+    fn call<'p>(&self, pickle: &'p Pickle<'_>, id: NodeId) -> Option<(Function, &'p Object)> {
+        let object = pickle.as_object(id)?;
+        Some((*self.functions.get(&object.callable)?, object))
+    }
+}
+
 /// Rebuilds tensors of one pickle; storages are collected once each.
 pub(super) struct Rebuild<'p> {
     pickle: &'p Pickle<'p>,
+    globals: Globals,
     places: Places<'p>,
     /// Whether the file's bytes are of the other order.
     big_endian: bool,
@@ -127,7 +162,8 @@ pub(super) struct Rebuild<'p> {
 impl<'p> Rebuild<'p> {
     pub fn new(pickle: &'p Pickle<'p>, places: Places<'p>, big_endian: bool) -> Self {
         let (by_key, by_node) = (HashMap::new(), HashMap::new());
-        Self { pickle, places, big_endian, storages: Vec::new(), by_key, by_node, notices: Vec::new() }
+        let globals = Globals::new(pickle);
+        Self { pickle, globals, places, big_endian, storages: Vec::new(), by_key, by_node, notices: Vec::new() }
     }
 
     /// The tensor or the parts that a value is, if it is a call of the table. `Unreadable` where only this tensor is
@@ -137,7 +173,7 @@ impl<'p> Rebuild<'p> {
     /// [`ErrorKind::Format`] where the arguments contradict themselves or the archive.
     pub fn item(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
         let pickle = self.pickle;
-        let Some((mut function, object)) = function(pickle, id) else { return self.old_tensor(id) };
+        let Some((mut function, object)) = self.globals.call(pickle, id) else { return self.old_tensor(id) };
         let mut args = pickle.as_tuple(object.args).unwrap_or_default();
         for _ in 0..MAX_LINKS {
             let item = match function {
@@ -168,7 +204,7 @@ impl<'p> Rebuild<'p> {
         let pickle = self.pickle;
         if let Function::First = outer {
             let id = *args.first().ok_or_else(|| Error::format("parameter without a tensor"))?;
-            let Some((function, object)) = function(pickle, id) else {
+            let Some((function, object)) = self.globals.call(pickle, id) else {
                 let what = format!("it depends on {}, which reweft does not know", pickle.describe(id));
                 return Ok(Inner::Done(Rebuilt::Item(Item::Unreadable(what))));
             };
@@ -286,7 +322,7 @@ impl<'p> Rebuild<'p> {
             return Ok(Some(*found));
         }
         let Value::Persistent(pid) = self.pickle.get(id) else { return Ok(None) };
-        let StorageId { key, dtype, device, numel, first } = storage_id(self.pickle, *pid)?;
+        let StorageId { key, dtype, device, numel, first } = storage_id(self.pickle, &self.globals, *pid)?;
         let itemsize = dtype.and_then(Dtype::itemsize).unwrap_or(1);
         let nbytes = numel.checked_mul(itemsize).ok_or_else(|| Error::format("storage takes 2^64 bytes"))?;
         let number = if let Some(number) = self.by_key.get(key) {
@@ -346,17 +382,6 @@ enum Inner<'p> {
     Done(Rebuilt),
 }
 
-/// The table's entry for a call, and the call.
-fn function<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Option<(Function, &'p Object)> {
-    let ((module, name), object) = pickle.as_call(id)?;
-    let row = FUNCTIONS.iter().find(|row| row.1 == name && row.0 == module)?;
-    Some((row.2, object))
-}
-
-fn function_of(pickle: &Pickle<'_>, id: NodeId) -> Option<Function> {
-    function(pickle, id).map(|(function, _)| function)
-}
-
 /// The dtype that a global like `torch.uint16` names.
 fn global_dtype(pickle: &Pickle<'_>, id: NodeId) -> Option<Dtype> {
     match pickle.as_global(id)? {
@@ -408,7 +433,8 @@ fn parts_of_state(pickle: &Pickle<'_>, state: NodeId) -> Vec<(String, Part)> {
 
 /// Whether a value is a tensor, or a storage outside of one.
 pub(super) fn is_tensor(pickle: &Pickle<'_>, id: NodeId) -> bool {
-    matches!(pickle.get(id), Value::Persistent(_)) || function_of(pickle, id).is_some()
+    let is_function = |name| FUNCTIONS.iter().any(|row| (row.0, row.1) == name);
+    matches!(pickle.get(id), Value::Persistent(_)) || pickle.as_call(id).is_some_and(|(name, _)| is_function(name))
 }
 
 /// What a persistent id says of a storage.
@@ -422,7 +448,7 @@ pub(super) struct StorageId<'p> {
 }
 
 /// Reads `("storage", class, key, location, numel[, (view key, offset, view numel) or None])`.
-pub(super) fn storage_id<'p>(pickle: &'p Pickle<'_>, pid: NodeId) -> Result<StorageId<'p>> {
+pub(super) fn storage_id<'p>(pickle: &'p Pickle<'_>, globals: &Globals, pid: NodeId) -> Result<StorageId<'p>> {
     let bad = |what: &str| Err(Error::format(format!("persistent id: {what}")));
     let Some([kind, class, key, device, numel, view @ ..]) = pickle.as_tuple(pid) else {
         return bad("is no tuple of 5 or 6, as torch writes it");
@@ -430,20 +456,16 @@ pub(super) fn storage_id<'p>(pickle: &'p Pickle<'_>, pid: NodeId) -> Result<Stor
     if pickle.as_str(*kind) != Some("storage") || view.len() > 1 {
         return bad("names something else than a storage");
     }
-    let Some((module, class)) = pickle.as_global(*class) else { return bad("storage class is no class") };
     let (Some(key), Some(device)) = (pickle.as_str(*key), pickle.as_str(*device)) else {
         return bad("key or location is no text");
     };
     if key.is_empty() || key.contains(['/', '\\']) || key.starts_with('.') {
         return bad("key leaves the folder of the storages");
     }
-    let dtype = match class {
-        "UntypedStorage" => None,
-        class => Some(Dtype::from_storage_class(class).ok_or_else(|| {
-            let what = format!("storage class {module}.{class} is not known");
-            Error::new(ErrorKind::Unsupported, what)
-        })?),
-    };
+    let dtype = *globals.storages.get(class).ok_or_else(|| {
+        let what = format!("storage class {} is not known", pickle.describe(*class));
+        Error::new(ErrorKind::Unsupported, what)
+    })?;
     let numel = size(pickle, *numel, "storage size")?;
     let first = match view.first().map(|view| (pickle.as_tuple(*view), pickle.get(*view))) {
         None | Some((_, Value::None)) => 0,

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use reweft_pickle::{Pickle, Value};
 
-use super::rebuild::{Places, storage_id};
+use super::rebuild::{Globals, Places, storage_id};
 use super::torch_zip::read_object;
 use super::{Format, OpenOptions, Read};
 use crate::dtype::Dtype;
@@ -129,12 +129,13 @@ fn find_storages(
     start: u64,
     big_endian: bool,
 ) -> Result<HashMap<String, (u64, u64)>> {
+    let globals = Globals::new(object);
     let mut dtypes: HashMap<&str, Option<Dtype>> = HashMap::new();
     for (_, value) in object.nodes() {
         if let Value::Persistent(pid) = value
             && is_storage(object, *pid)
         {
-            let id = storage_id(object, *pid)?;
+            let id = storage_id(object, &globals, *pid)?;
             dtypes.insert(id.key, id.dtype);
         }
     }

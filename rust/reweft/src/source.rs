@@ -130,6 +130,21 @@ impl ReadAt for Vec<u8> {
     }
 }
 
+/// Bytes that are part of the program, such as those of `include_bytes!`: nothing is copied.
+impl ReadAt for &'static [u8] {
+    fn len(&self) -> u64 {
+        <[u8]>::len(self) as u64
+    }
+
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+        copy_from(self, byte_offset, out)
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        Some(self)
+    }
+}
+
 /// A range of another source, as a source of its own.
 #[derive(Debug)]
 pub struct Window {
@@ -228,6 +243,15 @@ pub fn to_usize(nbytes: u64) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_of_the_program_are_a_source() {
+        static BYTES: &[u8] = &[1, 2, 3];
+        let source: Source = Arc::new(BYTES);
+        assert_eq!((source.len(), source.as_slice().map(<[u8]>::as_ptr)), (3, Some(BYTES.as_ptr())));
+        assert_eq!(read_vec(&*source, 1, 2).unwrap(), [2, 3]);
+        assert!(read_vec(&*source, 2, 2).is_err());
+    }
 
     #[test]
     fn ranges_are_checked_before_reading() {

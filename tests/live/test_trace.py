@@ -116,3 +116,21 @@ def test_operator_that_the_runtime_cannot_call_is_refused() -> None:
 def test_zero_replicas_are_refused(digits: Package) -> None:
     with pytest.raises(reweft.UsageError):
         digits.load(replicas=0)
+
+
+class Overlapping(nn.Module):
+    """A buffer that is a view of one that the program writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("whole", torch.zeros(4))
+        self.register_buffer("part", self.get_buffer("whole")[:2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.get_buffer("whole").add_(1)
+        return x + self.get_buffer("part").sum()
+
+
+def test_written_buffer_that_another_is_a_view_of_is_refused() -> None:
+    with pytest.raises(reweft.UnsupportedError, match="functional"):
+        rt.trace(Overlapping().eval(), torch.ones(3))

@@ -105,6 +105,7 @@ def _plain(key: str, value: object, name: str) -> torch.Tensor:
         what = f"{name}: {key!r}: a tensor on {held.device}, wanted cpu"
         raise UnsupportedError(what, key=key, hint="move it with .cpu() first")
     if held.layout != torch.strided or held.is_quantized or held.is_nested:
-        raise UnsupportedError(f"{name}: {key!r}: a tensor of layout {held.layout}, wanted a dense one", key=key)
+        kind = "quantised" if held.is_quantized else "nested" if held.is_nested else str(held.layout)
+        raise UnsupportedError(f"{name}: {key!r}: a {kind} tensor, wanted a dense one", key=key)
     # Pending conjugation and negation are bits of the tensor, not of its bytes.
     return held.resolve_conj().resolve_neg()

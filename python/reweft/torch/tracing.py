@@ -50,7 +50,8 @@ def trace(module: torch.nn.Module, example_inputs: torch.Tensor | tuple[torch.Te
 
     Raises:
         UsageError: The module is in training mode.
-        UnsupportedError: An argument is no tensor, or the program needs operators that the runtime cannot call.
+        UnsupportedError: An argument is no tensor, the program needs operators that the runtime cannot call, or torch
+            cannot say what it writes to.
 
     Example:
         >>> model = trace(net.eval(), (torch.zeros(1, 3, 8, 8),))  # doctest: +SKIP
@@ -174,8 +175,15 @@ def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:
 
     An exported program still has in-place operations; only its functional form, which the compiler works on, states
     what they write to. The runtime must know: it maps all other weights read-only.
+
+    Raises:
+        UnsupportedError: torch cannot make the functional form.
     """
-    signature = program.run_decompositions({}).graph_signature
+    try:
+        signature = program.run_decompositions({}).graph_signature
+    except AssertionError as error:
+        # torch asserts where a buffer that is written to is a view of another one.
+        raise UnsupportedError(f"torch cannot make the program functional: {error}") from error
     parameters: dict[str, str] = getattr(signature, "parameters_to_mutate", {})
     return {*signature.buffers_to_mutate.values(), *parameters.values()}, {*signature.user_inputs_to_mutate.values()}
 

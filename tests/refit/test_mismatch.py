@@ -322,9 +322,8 @@ NO_CHECKPOINT = {
     "git_lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-lfs"),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(60), "gzip"),
     "gguf": (b"GGUF" + bytes(60), "GGUF"),
-    "pickle": (b"\x80\x04}\x94.", "pickle"),
     "elf": (b"\x7fELF" + bytes(60), "library"),
-    "text": (b"hello, world, this is a text file\n", "neither"),
+    "text": (b"hello, world, this is a text file\n", "no checkpoint"),
 }
 
 

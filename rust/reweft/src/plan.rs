@@ -141,6 +141,8 @@ struct Planner<'a> {
     /// Names that need no slot, and names that have none but should.
     not_read: HashSet<&'a str>,
     baked: HashMap<&'a str, &'a str>,
+    /// What the checkpoint holds under a name that is no tensor.
+    values: HashMap<&'a str, &'a str>,
     /// Suggestions that may still be made: each looks at every name, and a plan full of findings has another cause
     /// than a typing error.
     suggestions: std::ops::Range<u32>,
@@ -158,6 +160,7 @@ impl<'a> Planner<'a> {
             slot_names: artifact.slots().iter().flat_map(Slot::names).collect(),
             not_read: artifact.unused().iter().map(String::as_str).collect(),
             baked: baked.collect(),
+            values: checkpoint.values().iter().map(|value| (value.path.as_str(), value.what.as_str())).collect(),
             suggestions: 0..20,
             findings: Vec::new(),
         }
@@ -195,7 +198,11 @@ impl<'a> Planner<'a> {
 
     fn missing(&mut self, slot: &Slot) -> Finding {
         let names: Vec<&str> = slot.names().collect();
-        let what = format!("the checkpoint has none of the slot's names: {}", names.join(", "));
+        let what = match names.iter().find_map(|name| Some((name, self.values.get(name)?))) {
+            // A sparse or quantised tensor is there by its parts, a number as a plain value.
+            Some((name, what)) => format!("the checkpoint has {name:?}, but as {what}"),
+            None => format!("the checkpoint has none of the slot's names: {}", names.join(", ")),
+        };
         let finding = Finding::new(FindingKind::Missing, what).slot(slot).wanted(slot);
         if !slot.persistent {
             return finding.allowed("it is no part of a state_dict, so it keeps its value");

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import calling, compiling, replacing
-from .machine import facts
+from .machine import Others, facts
 from .rows import table
 from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
 
@@ -33,6 +33,7 @@ def main() -> int:
         folder = Path(name)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         say(facts(folder))
+        others = Others()
         # The first compilation of a process also imports the compiler and precompiles torch's headers.
         compile_stock(make_net(0, layers=1, width=16), torch.randn(2, 16), folder / "first.pt2")
         subject = prepare(folder)
@@ -41,6 +42,7 @@ def main() -> int:
         say("torch computes with 1 thread; medians of interleaved runs; page cache warm")
         say("ratio above 1: reweft does better\n")
         say(table([row for topic in TOPICS for row in topic.rows(subject)]))
+        say(f"\nother programs used {others.cores():.2f} cores meanwhile")
     return 0
 
 

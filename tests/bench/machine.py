@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +27,24 @@ def file_system(folder: Path) -> str:
         if folder.is_relative_to(mount):
             found = max(found, (len(mount), kind))
     return found[1]
+
+
+class Others:
+    """How much of the machine other programs took since this was made: their work is in every number."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Time by the clock, and seconds of all cores that were not this program's or its children's."""
+        ticks = Path("/proc/stat").read_text(encoding="utf-8").split()[1:4]
+        own = os.times()[:4]
+        return time.perf_counter(), sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") - sum(own)
+
+    def cores(self) -> float:
+        (before, used), (now, used_now) = self._start, self._now()
+        return max(0.0, used_now - used) / (now - before)
 
 
 def facts(folder: Path) -> str:

@@ -294,9 +294,11 @@ def convert(
     *,
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
+    format: Literal["safetensors"] | None = None,  # noqa: A002  (what it is called everywhere)
     shared: Literal["error", "duplicate", "drop-aliases"] = "error",
+    sync: bool = True,
 ) -> ConvertReport:
-    """Write a checkpoint as one safetensors file.
+    """Write a checkpoint in another format, or under other keys.
 
     Reads all bytes once and checks every CRC; one tensor is in memory at a time. `out` appears whole or not at all.
 
@@ -305,17 +307,20 @@ def convert(
         out: The file to write.
         top_level_key: Dotted path of the dict that holds the weights.
         keys: Which keys, under which names.
-        shared: What to do with tensors that share bytes, which safetensors cannot say: refuse, write the bytes for
+        format: The format to write; None goes by the extension of `out`.
+        shared: What to do with tensors that share bytes, where the format cannot say so: refuse, write the bytes for
             each key, or write only the first key.
+        sync: Wait for the disk. Without it the file may be empty or absent after a power cut.
 
     Raises:
-        UnsupportedError: A tensor cannot be read, or safetensors has no such dtype.
+        UnsupportedError: A tensor cannot be read, or the format has no such dtype or key.
         MismatchError: Tensors share bytes and `shared` does not settle it.
+        UsageError: `out` is a file that the checkpoint is read from, or its extension stands for no format.
         FormatError: The file is damaged; `out` is as it was.
         IoError: Reading or writing failed; `out` is as it was.
     """
     opened = _opened(checkpoint, top_level_key, keys)
-    data = json.loads(_core.convert(opened._core, out, shared))  # noqa: SLF001  (one package)
+    data = json.loads(_core.convert(opened._core, out, target=format, shared=shared, sync=sync))  # noqa: SLF001  (one package)
     return ConvertReport(
         out=Path(data["out"]),
         tensors=data["tensors"],

@@ -175,6 +175,14 @@ class TestConvert:
         data = cli.json("convert", path, "out.safetensors", "--shared", "drop-aliases")
         assert data["dropped_aliases"] == {"b": "a"}
 
+    def test_format_goes_by_extension_or_option(self, cli: Cli, training: Path, tmp_path: Path) -> None:
+        stderr = cli.fails("convert", training, "out.gguf")
+        assert ".safetensors" in stderr
+        assert has_hint(stderr)
+        cli("convert", training, "out.gguf", "--format", "safetensors", "--no-sync")
+        cli("convert", training, "out.safetensors")
+        assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+
 
 class TestPlan:
     def test_good_plan(self, cli: Cli, digits: Package, training: Path) -> None:

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use reweft::write::{Shared, convert};
+use reweft::write::{ConvertOptions, Shared, convert};
 use reweft::{Limits, Result};
 
 use crate::keys::Keys;
@@ -84,14 +84,14 @@ impl Weights {
         self
     }
 
-    /// Writes the file `name` in `OUT_DIR` and gives its path; prints directives for cargo.
+    /// Writes the file `name` in `OUT_DIR`, in the format of its extension, and gives its path; prints directives for cargo.
     ///
     /// Reads all selected bytes once and checks their CRCs; one tensor is in memory at a time. A file that holds the
     /// same bytes already keeps its modification time.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`](crate::ErrorKind::Usage) outside of a build script, for a malformed pattern, or for a name
-    /// that is no plain file name or the checkpoint's own. [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) for an
+    /// that is no plain file name, the checkpoint's own, or has an extension that stands for no format. [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) for an
     /// absent top-level key or a selection that matches nothing,
     /// [`ErrorKind::KeyCollision`](crate::ErrorKind::KeyCollision) for two keys on one name,
     /// [`ErrorKind::Mismatch`](crate::ErrorKind::Mismatch) for shared tensors that [`shared`](Self::shared) does not
@@ -108,7 +108,9 @@ impl Weights {
         let path = script.watch(&self.keys.path)?;
         let checkpoint = self.keys.open(&path)?;
         script.warn(checkpoint.notices())?;
-        script.output(|made| convert(&checkpoint, made, self.shared, &mut |_, _| ()).map(drop))
+        let format = ConvertOptions::default().format_of(name.as_ref())?;
+        let options = ConvertOptions { format: Some(format), shared: self.shared, ..ConvertOptions::default() };
+        script.output(|made| convert(&checkpoint, made, &options, &mut |_, _| ()).map(drop))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use reweft::write::{ConvertOptions, TargetFormat};
 use reweft::{Checkpoint, KeyMap, OpenOptions, Rule};
 
 /// Put new weights into compiled models: exactly, all or nothing, without recompiling.
@@ -39,24 +40,40 @@ pub struct Inspect {
     pub json: bool,
 }
 
-/// Writes a checkpoint as safetensors.
+/// Writes a checkpoint in another format, or under other keys.
+///
+/// Checks every CRC. The output appears whole or not at all, whatever goes wrong.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example:
-  reweft convert epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='")]
+Examples:
+  reweft convert epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='
+  reweft convert tied.pt net.safetensors --shared drop-aliases")]
 pub struct Convert {
     /// The checkpoint.
     pub input: PathBuf,
-    /// The safetensors file to write; it appears whole or not at all.
+    /// The file to write.
     pub output: PathBuf,
     #[command(flatten)]
     pub keys: Keys,
-    /// What to do with tensors that share bytes, which safetensors cannot say.
+    /// The format to write [default: the one that OUTPUT's extension stands for].
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+    /// What to do with tensors that share bytes, where the format cannot say so.
     #[arg(long, value_enum, default_value_t = Shared::Error)]
     pub shared: Shared,
+    /// Do not wait for the disk. After a power cut the output may be empty or absent.
+    #[arg(long)]
+    pub no_sync: bool,
     /// Print a JSON report.
     #[arg(long)]
     pub json: bool,
+}
+
+impl Convert {
+    /// The engine's options.
+    pub fn options(&self) -> ConvertOptions {
+        ConvertOptions { format: self.format.map(Into::into), shared: self.shared.into(), sync: !self.no_sync }
+    }
 }
 
 /// Shows which slot would take which key, and what speaks against it. Exit status 1 if a refit would be refused.
@@ -164,6 +181,21 @@ pub struct Allow {
 impl From<&Allow> for reweft::plan::Allow {
     fn from(allow: &Allow) -> Self {
         Self { cast: allow.allow_cast, missing: allow.allow_missing, unused: allow.allow_unused }
+    }
+}
+
+/// The choices of `--format`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Format {
+    /// safetensors (.safetensors).
+    Safetensors,
+}
+
+impl From<Format> for TargetFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Safetensors => Self::Safetensors,
+        }
     }
 }
 

@@ -15,7 +15,8 @@ type Outcome = anyhow::Result<bool>;
 pub fn convert(command: &Convert, out: &mut dyn Write) -> Outcome {
     let checkpoint = command.keys.open(&command.input)?;
     let bar = output::progress(command.json);
-    let report = write::convert(&checkpoint, &command.output, command.shared.into(), &mut |done, of| {
+    let options = command.options();
+    let report = write::convert(&checkpoint, &command.output, &options, &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);
     })?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use reweft::artifact::manifest::{self, Origins};
 use reweft::source::Access;
+use reweft::write::{ConvertOptions, TargetFormat};
 use reweft::{Artifact, Error, ErrorKind, Limits, plan as engine, write};
 
 use crate::checkpoint::Checkpoint;
@@ -75,9 +76,18 @@ pub fn verify(py: Python<'_>, plan: &Plan) -> Result<String> {
     py.detach(|| to_json(&write::verify(inner, artifact, checkpoint, &mut |_, _| ())?))
 }
 
-/// Writes safetensors; gives the report as JSON.
+/// Writes a checkpoint in another format; gives the report as JSON.
 #[pyfunction]
-pub fn convert(py: Python<'_>, checkpoint: &Checkpoint, out: PathBuf, shared: &str) -> Result<String> {
+#[pyo3(signature = (checkpoint, out, *, target, shared, sync))]
+pub fn convert(
+    py: Python<'_>,
+    checkpoint: &Checkpoint,
+    out: PathBuf,
+    target: Option<&str>,
+    shared: &str,
+    sync: bool,
+) -> Result<String> {
+    let format = target.map(TargetFormat::from_name).transpose()?;
     let shared = match shared {
         "error" => write::Shared::Error,
         "duplicate" => write::Shared::Duplicate,
@@ -87,7 +97,8 @@ pub fn convert(py: Python<'_>, checkpoint: &Checkpoint, out: PathBuf, shared: &s
             return Err(Error::new(ErrorKind::Usage, what).into());
         }
     };
-    py.detach(|| to_json(&write::convert(&checkpoint.0, &out, shared, &mut |_, _| ())?))
+    let options = ConvertOptions { format, shared, sync };
+    py.detach(|| to_json(&write::convert(&checkpoint.0, &out, &options, &mut |_, _| ())?))
 }
 
 /// Writes a copy of a fresh package with a manifest made of `origins` (JSON).

@@ -11,6 +11,8 @@ mod storage;
 mod torch_legacy;
 mod torch_zip;
 
+use std::collections::HashSet;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -261,6 +263,13 @@ impl Checkpoint {
     /// The storages that tensors point into by number; a key map does not renumber them.
     pub fn storages(&self) -> &[Storage] {
         &self.storages
+    }
+
+    /// The open files that the storages lie in, each once; none for what is in memory.
+    pub fn files(&self) -> impl Iterator<Item = &File> {
+        let mut seen = HashSet::new();
+        let files = self.storages.iter().filter_map(|storage| storage.source().file());
+        files.filter(move |file| seen.insert(std::ptr::from_ref(*file)))
     }
 
     /// What the file holds beside tensors: epoch, optimizer settings, and so on.

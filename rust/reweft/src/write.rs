@@ -1,13 +1,16 @@
 //! Writing: everything goes to a temporary file beside the target, is synced, and takes the target's name at the end.
 
 mod atomic;
+mod convert;
+mod options;
 mod refit;
 mod safetensors;
 mod verify;
 
 pub use atomic::AtomicFile;
+pub use convert::{ConvertReport, convert};
+pub use options::{ConvertOptions, Shared, TargetFormat};
 pub use refit::{RefitReport, refit};
-pub use safetensors::{ConvertReport, Shared, convert};
 pub use verify::{VerifyReport, verify};
 
 use std::path::{Path, PathBuf};

@@ -78,6 +78,14 @@ impl Storage {
         Self { name, dtype: None, nbytes, device, place, checked: AtomicBool::new(true), swapped: false }
     }
 
+    /// The file or memory that the bytes lie in.
+    pub fn source(&self) -> &Source {
+        match &self.place {
+            Place::Record(archive) => archive.source(),
+            Place::Range(source, _) => source,
+        }
+    }
+
     /// The source and the absolute offset of the storage's first byte. Reads the record's local header.
     ///
     /// # Errors

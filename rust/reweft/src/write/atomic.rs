@@ -62,8 +62,19 @@ impl AtomicFile {
         let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.target);
         self.file.as_file().sync_all().map_err(|error| failed("fsync", error))?;
         let folder = File::open(folder(&self.target)).map_err(|error| failed("open folder", error))?;
-        self.file.persist(&self.target).map_err(|error| Error::io("rename", error.error).in_file(&self.target))?;
-        folder.sync_all().map_err(|error| Error::io("fsync folder", error).in_file(&self.target))
+        let target = self.target.clone();
+        self.commit_unsynced()?;
+        folder.sync_all().map_err(|error| Error::io("fsync folder", error).in_file(target))
+    }
+
+    /// Renames the file to its target and leaves it to the system when the bytes reach the disk: after a power cut the
+    /// target may be empty or absent. After an error the target is as it was.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn commit_unsynced(self) -> Result<()> {
+        let renamed = self.file.persist(&self.target);
+        renamed.map(drop).map_err(|error| Error::io("rename", error.error).in_file(&self.target))
     }
 }
 

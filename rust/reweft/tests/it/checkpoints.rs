@@ -3,13 +3,17 @@
 use std::path::Path;
 
 use reweft::source::Access;
-use reweft::write::{Shared, convert};
+use reweft::write::{ConvertOptions, Shared, convert};
 use reweft::{Checkpoint, Dtype, ErrorKind, KeyMap, OpenOptions, Rule};
 
 use crate::fixture;
 
 fn open(name: &str) -> Checkpoint {
     Checkpoint::open(&fixture(name), &OpenOptions::default()).unwrap()
+}
+
+fn shared(shared: Shared) -> ConvertOptions {
+    ConvertOptions { shared, ..ConvertOptions::default() }
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
@@ -108,7 +112,7 @@ fn tensors_in_an_unknown_object_are_named_and_refused() {
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("x.safetensors");
-    assert!(convert(&checkpoint, &out, Shared::Error, &mut |_, _| ()).is_err());
+    assert!(convert(&checkpoint, &out, &shared(Shared::Error), &mut |_, _| ()).is_err());
     assert!(!out.exists());
 }
 
@@ -125,30 +129,30 @@ fn shared_tensors_need_a_choice() {
     let out = folder.path().join("x.safetensors");
     let keys = KeyMap::new().select("^tied").unwrap();
     let checkpoint = open("checkpoints/state_dict.pt").rekey(&keys).unwrap();
-    let error = convert(&checkpoint, &out, Shared::Error, &mut |_, _| ()).unwrap_err();
+    let error = convert(&checkpoint, &out, &shared(Shared::Error), &mut |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("\"tied.a\" and \"tied.b\""), "{error}");
-    let report = convert(&checkpoint, &out, Shared::DropAliases, &mut |_, _| ()).unwrap();
+    let report = convert(&checkpoint, &out, &shared(Shared::DropAliases), &mut |_, _| ()).unwrap();
     assert_eq!((report.tensors, &report.dropped_aliases["tied.b"]), (1, &"tied.a".to_owned()));
-    let report = convert(&checkpoint, &out, Shared::Duplicate, &mut |_, _| ()).unwrap();
+    let report = convert(&checkpoint, &out, &shared(Shared::Duplicate), &mut |_, _| ()).unwrap();
     assert_eq!(report.tensors, 2);
     let all = open("checkpoints/state_dict.pt");
-    let error = convert(&all, &out, Shared::DropAliases, &mut |_, _| ()).unwrap_err();
+    let error = convert(&all, &out, &shared(Shared::DropAliases), &mut |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("share bytes"), "overlapping views are no aliases: {error}");
 }
 
 #[test]
 fn converting_safetensors_again_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let [first, second] = ["1", "2"].map(|name| folder.path().join(name));
+    let [first, second] = ["1", "2"].map(|name| folder.path().join(name).with_extension("safetensors"));
     let checkpoint = open("checkpoints/state_dict.pt");
-    let report = convert(&checkpoint, &first, Shared::Duplicate, &mut |_, _| ()).unwrap();
+    let report = convert(&checkpoint, &first, &shared(Shared::Duplicate), &mut |_, _| ()).unwrap();
     assert_eq!(report.tensors, checkpoint.len());
     let again = Checkpoint::open(&first, &OpenOptions::default()).unwrap();
     for key in checkpoint.keys() {
         assert_eq!(again.read(key).unwrap(), checkpoint.read(key).unwrap(), "{key}");
     }
-    convert(&again, &second, Shared::Error, &mut |_, _| ()).unwrap();
+    convert(&again, &second, &shared(Shared::Error), &mut |_, _| ()).unwrap();
     assert_eq!(std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap());
-    let error = convert(&again, &first, Shared::Error, &mut |_, _| ()).unwrap_err();
+    let error = convert(&again, &first, &shared(Shared::Error), &mut |_, _| ()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage, "over its own source");
 }

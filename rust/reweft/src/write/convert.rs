@@ -1,0 +1,123 @@
+//! Conversion: what is the same for every target format.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde::Serialize;
+
+use super::{ConvertOptions, Progress, Shared, TargetFormat, refuse_same_file, safetensors};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::TensorInfo;
+
+/// What a conversion did.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConvertReport {
+    /// The file that was written.
+    pub out: PathBuf,
+    /// Tensors in it.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub nbytes: u64,
+    /// Keys left out because another key has the same bytes, with that key.
+    pub dropped_aliases: IndexMap<String, String>,
+    /// What the checkpoint holds that is no tensor and therefore is not in the file.
+    pub not_carried: Vec<String>,
+    /// What a careful reader should know.
+    pub notices: Vec<String>,
+}
+
+/// Writes a checkpoint in another format. A safetensors file keeps its `__metadata__`.
+///
+/// Reads all bytes once and checks every CRC. One tensor is in memory at a time. `out` appears whole or not at all, with
+/// the permissions that the process's umask leaves a new file.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] for a tensor that cannot be read, or a dtype or key that the format lacks,
+/// [`ErrorKind::Mismatch`] for shared tensors that `options` do not settle, [`ErrorKind::Usage`] if `out` is a file that
+/// the checkpoint is read from or its extension stands for no format, read errors and [`ErrorKind::Io`]. `out` is then
+/// as it was.
+///
+/// # Examples
+/// ```
+/// use reweft::write::{ConvertOptions, convert};
+///
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let out = folder.path().join("fc.safetensors");
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/checkpoints/fc.pt");
+/// let checkpoint = reweft::Checkpoint::open(path.as_ref(), &reweft::OpenOptions::default())?;
+/// let report = convert(&checkpoint, &out, &ConvertOptions::default(), &mut |_, _| ())?;
+/// assert_eq!(report.tensors, checkpoint.len());
+/// # Ok::<(), reweft::Error>(())
+/// ```
+pub fn convert(
+    checkpoint: &Checkpoint,
+    out: &Path,
+    options: &ConvertOptions,
+    progress: Progress<'_>,
+) -> Result<ConvertReport> {
+    let format = options.format_of(out)?;
+    refuse_source(checkpoint, out)?;
+    checkpoint.check_readable()?;
+    let dropped_aliases = settle_shared(checkpoint, options.shared, format)?;
+    let tensors: Vec<_> = checkpoint.tensors().filter(|(key, _)| !dropped_aliases.contains_key(*key)).collect();
+    match format {
+        TargetFormat::Safetensors => safetensors::write(checkpoint, &tensors, out, options, progress)?,
+    }
+    Ok(ConvertReport {
+        out: out.to_owned(),
+        tensors: tensors.len(),
+        nbytes: tensors.iter().map(|(_, info)| info.nbytes()).sum(),
+        dropped_aliases,
+        not_carried: checkpoint.values().iter().map(ToString::to_string).collect(),
+        notices: checkpoint.notices().to_vec(),
+    })
+}
+
+/// Refuses to write over any file that the checkpoint's bytes come from, under whichever name.
+fn refuse_source(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
+    let what = "the checkpoint that it is made of";
+    refuse_same_file(out, checkpoint.path(), what)?;
+    let Ok(target) = out.metadata() else { return Ok(()) };
+    for file in checkpoint.files() {
+        let source = file.metadata().map_err(|error| Error::io("stat", error).in_file(checkpoint.path()))?;
+        if (source.dev(), source.ino()) == (target.dev(), target.ino()) {
+            return Err(Error::new(ErrorKind::Usage, format!("the output would replace {what}")).in_file(out));
+        }
+    }
+    Ok(())
+}
+
+/// Finds tensors whose bytes overlap. Gives the keys to leave out, with the key that stands for each.
+fn settle_shared(checkpoint: &Checkpoint, shared: Shared, format: TargetFormat) -> Result<IndexMap<String, String>> {
+    let mut dropped = IndexMap::new();
+    if shared == Shared::Duplicate {
+        return Ok(dropped);
+    }
+    let mut windows = Vec::new();
+    for (number, (key, info)) in checkpoint.tensors().enumerate() {
+        let (start, nbytes) = info.window(checkpoint.storage_of(info).nbytes)?;
+        if nbytes > 0 {
+            windows.push((info.storage, start, number, start + nbytes, key, info));
+        }
+    }
+    windows.sort_unstable_by_key(|window| (window.0, window.1, window.2));
+    let mut last: Option<(usize, u64, &str, &TensorInfo)> = None;
+    for (storage, start, _, end, key, info) in windows {
+        match last {
+            Some((other, until, kept, kept_info)) if other == storage && start < until => {
+                if shared == Shared::DropAliases && info == kept_info {
+                    dropped.insert(key.to_owned(), kept.to_owned());
+                } else {
+                    let what = format!("{kept:?} and {key:?} share bytes, which {} cannot say", format.name());
+                    return Err(Error::new(ErrorKind::Mismatch, what).in_file(checkpoint.path()).with_hint(
+                        "--shared duplicate writes the bytes twice, --shared drop-aliases only the first key",
+                    ));
+                }
+            }
+            _ => last = Some((storage, end, key, info)),
+        }
+    }
+    Ok(dropped)
+}

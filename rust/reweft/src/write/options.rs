@@ -1,0 +1,132 @@
+//! What a conversion is asked for: the target's format and what to do where the format cannot say something.
+
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a checkpoint is written out.
+///
+/// # Examples
+/// ```
+/// use reweft::write::{ConvertOptions, Shared, TargetFormat};
+///
+/// let options = ConvertOptions { shared: Shared::Duplicate, ..ConvertOptions::default() };
+/// assert_eq!(options.format_of("net.safetensors".as_ref())?, TargetFormat::Safetensors);
+/// # Ok::<(), reweft::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// The format to write; `None` goes by the output's extension.
+    pub format: Option<TargetFormat>,
+    /// What to do with tensors that share bytes, where the format cannot say so.
+    pub shared: Shared,
+    /// Whether file and folder are synced, so that the file survives a power cut that follows. Without it the call is
+    /// still all or nothing for everybody who looks, but after a power cut the new file may be empty or absent.
+    pub sync: bool,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self { format: None, shared: Shared::default(), sync: true }
+    }
+}
+
+impl ConvertOptions {
+    /// The format that `out` gets.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if no format was chosen and the extension stands for none.
+    pub fn format_of(&self, out: &Path) -> Result<TargetFormat> {
+        if let Some(format) = self.format {
+            return Ok(format);
+        }
+        let extension = out.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        TargetFormat::from_extension(extension).ok_or_else(|| {
+            let known: Vec<_> = TargetFormat::ALL.iter().flat_map(|format| format.extensions()).collect();
+            let known = known.iter().map(|extension| format!(".{extension}")).collect::<Vec<_>>().join(", ");
+            Error::new(ErrorKind::Usage, format!("the extension {extension:?} stands for no format"))
+                .in_file(out)
+                .with_hint(format!("known are {known}; or choose the format"))
+        })
+    }
+}
+
+/// The file formats that can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TargetFormat {
+    /// safetensors.
+    Safetensors,
+}
+
+impl TargetFormat {
+    /// Every format, in the order in which messages list them.
+    pub const ALL: &'static [Self] = &[Self::Safetensors];
+
+    /// The name by which a user chooses it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "safetensors",
+        }
+    }
+
+    /// File extensions that stand for it.
+    pub const fn extensions(self) -> &'static [&'static str] {
+        match self {
+            Self::Safetensors => &["safetensors"],
+        }
+    }
+
+    /// Finds a format by a file's extension, without its dot.
+    pub fn from_extension(extension: &str) -> Option<Self> {
+        let matches = |known: &&str| known.eq_ignore_ascii_case(extension);
+        Self::ALL.iter().copied().find(|format| format.extensions().iter().any(matches))
+    }
+
+    /// Finds a format by its name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`], with the names there are.
+    pub fn from_name(name: &str) -> Result<Self> {
+        Self::ALL.iter().copied().find(|format| format.name() == name).ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|format| format!("{:?}", format.name())).collect();
+            Error::new(ErrorKind::Usage, format!("format is {name:?}, wanted {}", known.join(" or ")))
+        })
+    }
+}
+
+/// What to do with tensors that share bytes, where the format cannot say so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Shared {
+    /// Refuse, and name the keys.
+    #[default]
+    Error,
+    /// Write the bytes once for each key.
+    Duplicate,
+    /// Write only the first key of tensors that are the same; refuse those that merely overlap.
+    DropAliases,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn format_by_extension_name_and_choice() {
+        let options = ConvertOptions::default();
+        for name in ["a.safetensors", "a.b.SafeTensors"] {
+            assert_eq!(options.format_of(Path::new(name)).unwrap(), TargetFormat::Safetensors, "{name}");
+        }
+        for name in ["a", "safetensors", ".safetensors", "a.safetensors.tmp", "a."] {
+            let error = options.format_of(Path::new(name)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{name}");
+            assert!(error.hint().unwrap().contains(".safetensors"), "{name}");
+        }
+        let chosen = ConvertOptions { format: Some(TargetFormat::Safetensors), ..options };
+        assert!(chosen.format_of(Path::new("a")).is_ok());
+        for format in TargetFormat::ALL {
+            assert_eq!(TargetFormat::from_name(format.name()).unwrap(), *format);
+        }
+        assert!(TargetFormat::from_name("gguf").is_err());
+    }
+}

@@ -3,8 +3,10 @@
 //! Opening reads metadata only. The readers (one file per format) yield storages and a flat list of items; what lies
 //! between, from a [`TensorInfo`] to bytes, is here and the same for all.
 
+mod arrays;
 mod flatten;
 mod module;
+pub(crate) mod numpy;
 mod rebuild;
 mod safetensors;
 mod storage;

@@ -12,6 +12,7 @@ use reweft_pickle::{NodeId, Pickle, Value as Node};
 use serde::Serialize;
 
 use super::module;
+use super::numpy;
 use super::rebuild::{Part, Rebuild, Rebuilt, is_tensor};
 use super::{Item, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -122,6 +123,7 @@ impl<'a> Walk<'a> {
         }
         match rebuild.item(id).map_err(|error| error.of_key(&self.path))? {
             Some(Rebuilt::Item(item)) => return self.keep(item).map(|()| None),
+            Some(Rebuilt::Value(what)) => return self.keep_unknown(id, what),
             Some(Rebuilt::Parts(what, parts)) => {
                 self.note(what);
                 let parts = parts.into_iter().map(|(name, part)| (name.into(), part)).collect();
@@ -145,13 +147,17 @@ impl<'a> Walk<'a> {
             let parts = module.items.into_iter().map(|(name, id)| (name.into(), Part::Node(id))).collect();
             return Ok(self.frame(id, parts, path_nbytes));
         }
-        let what = self.pickle.describe(id);
+        let what = numpy::describe(self.pickle, id).unwrap_or_else(|| self.pickle.describe(id));
+        self.keep_unknown(id, what)
+    }
+
+    /// Lists what is neither a tensor nor a container: as unreadable if a tensor is in it.
+    fn keep_unknown(&mut self, id: NodeId, what: String) -> Result<Option<Frame<'a>>> {
         if self.reaches_tensor(id) {
-            return self
-                .keep(Item::Unreadable(format!("it is inside {what}, which reweft does not know")))
-                .map(|()| None);
+            self.keep(Item::Unreadable(format!("it is inside {what}, which reweft does not know")))?;
+        } else {
+            self.note(what);
         }
-        self.note(what);
         Ok(None)
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use reweft_pickle::{NodeId, Object, Pickle, Value};
 
-use super::{Item, Storage};
+use super::{Format, Item, Storage, numpy};
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,11 +29,15 @@ enum Function {
     Sparse,
     /// `(buffer, sizes, strides, offsets)`.
     Nested,
+    /// A numpy array; [`numpy`] reads it.
+    Array,
+    /// `(array, dtype, device, ...)`: a tensor of a device that has no storages of its own.
+    FromNumpy,
     /// A tensor that cannot be read from this file.
     Other(&'static str),
 }
 
-/// Module, name, meaning. Source: `torch/_utils.py` and `torch/_tensor.py` of 2.15, checked against files.
+/// Module, name, meaning. Source: `torch/_utils.py` and `torch/_tensor.py` of 2.15 and numpy 2.4, checked against files.
 const FUNCTIONS: &[(&str, &str, Function)] = &[
     ("torch._utils", "_rebuild_tensor", Function::TensorV2),
     ("torch._utils", "_rebuild_tensor_v2", Function::TensorV2),
@@ -47,8 +51,13 @@ const FUNCTIONS: &[(&str, &str, Function)] = &[
     ("torch._utils", "_rebuild_nested_tensor", Function::Nested),
     ("torch._utils", "_rebuild_wrapper_subclass", Function::Other("a tensor subclass without its parts")),
     ("torch._utils", "_rebuild_meta_tensor_no_storage", Function::Other("a meta tensor, which has no data")),
-    ("torch._utils", "_rebuild_device_tensor_from_numpy", Function::Other("a tensor of another device, kept as numpy")),
-    ("torch._utils", "_rebuild_xla_tensor", Function::Other("a tensor of another device, kept as numpy")),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy", Function::FromNumpy),
+    ("torch._utils", "_rebuild_xla_tensor", Function::FromNumpy),
+    ("numpy._core.multiarray", "_reconstruct", Function::Array),
+    ("numpy.core.multiarray", "_reconstruct", Function::Array),
+    ("numpy._core.numeric", "_frombuffer", Function::Array),
+    ("numpy.core.numeric", "_frombuffer", Function::Array),
+    ("numpy.ma.core", "_mareconstruct", Function::Other("a masked numpy array")),
 ];
 
 /// Classes whose tensors are nothing but their bytes.
@@ -74,6 +83,8 @@ pub(super) enum Rebuilt {
     Item(Item),
     /// What has no dense form: its parts by name, and what they are parts of.
     Parts(String, Vec<(String, Part)>),
+    /// No tensor after all, and what it is instead.
+    Value(String),
 }
 
 /// Something under a name: still to be looked at, or done.
@@ -90,6 +101,19 @@ pub(super) enum Places<'p> {
     File(Source, HashMap<String, (u64, u64)>),
 }
 
+/// One pickle of a file, and where the file keeps what belongs to it.
+pub(super) struct Saved<'p> {
+    pub pickle: &'p Pickle<'p>,
+    /// What the pickle was read from; its texts and bytes are slices of this.
+    pub bytes: &'p [u8],
+    /// Where `bytes` stands in the file; `None` where it had to be unpacked.
+    pub origin: Option<(Source, u64)>,
+    pub places: Places<'p>,
+    /// Whether the bytes of the storages are of the other order.
+    pub big_endian: bool,
+    pub format: Format,
+}
+
 /// Globals that a checkpoint may name and that mean nothing dangerous or unknown.
 const PLAIN_GLOBALS: &[(&str, &str)] = &[
     ("collections", "OrderedDict"),
@@ -100,10 +124,15 @@ const PLAIN_GLOBALS: &[(&str, &str)] = &[
     ("builtins", "set"),
     ("builtins", "complex"),
     ("builtins", "bytearray"),
+    ("builtins", "bytes"),
     ("_codecs", "encode"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "scalar"),
 ];
 
 /// Most calls around a tensor (a parameter, a subclass); torch writes two.
@@ -145,11 +174,9 @@ impl Globals {
 
 /// Rebuilds tensors of one pickle; storages are collected once each.
 pub(super) struct Rebuild<'p> {
+    pub(super) saved: Saved<'p>,
     pickle: &'p Pickle<'p>,
     globals: Globals,
-    places: Places<'p>,
-    /// Whether the file's bytes are of the other order.
-    big_endian: bool,
     /// The storages in the order of first use.
     pub storages: Vec<Storage>,
     by_key: HashMap<&'p str, usize>,
@@ -157,13 +184,25 @@ pub(super) struct Rebuild<'p> {
     by_node: HashMap<NodeId, (usize, u64)>,
     /// Tensors of classes that are not known, read as their plain payload.
     pub notices: Vec<String>,
+    /// Storages of numpy arrays by node, and by dtype where that is another than the array's.
+    pub(super) arrays: HashMap<(NodeId, Dtype), usize>,
+    /// Bytes of arrays that the pickle holds in another form, by where it does and the byte order of a cast.
+    pub(super) unpacked: HashMap<(usize, Option<bool>), Source>,
 }
 
 impl<'p> Rebuild<'p> {
-    pub fn new(pickle: &'p Pickle<'p>, places: Places<'p>, big_endian: bool) -> Self {
-        let (by_key, by_node) = (HashMap::new(), HashMap::new());
-        let globals = Globals::new(pickle);
-        Self { pickle, globals, places, big_endian, storages: Vec::new(), by_key, by_node, notices: Vec::new() }
+    pub fn new(saved: Saved<'p>) -> Self {
+        Self {
+            pickle: saved.pickle,
+            globals: Globals::new(saved.pickle),
+            saved,
+            storages: Vec::new(),
+            by_key: HashMap::new(),
+            by_node: HashMap::new(),
+            notices: Vec::new(),
+            arrays: HashMap::new(),
+            unpacked: HashMap::new(),
+        }
     }
 
     /// The tensor or the parts that a value is, if it is a call of the table. `Unreadable` where only this tensor is
@@ -174,6 +213,9 @@ impl<'p> Rebuild<'p> {
     pub fn item(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
         let pickle = self.pickle;
         let Some((mut function, object)) = self.globals.call(pickle, id) else { return self.old_tensor(id) };
+        if let Function::Array = function {
+            return self.array(id).map(Some);
+        }
         let mut args = pickle.as_tuple(object.args).unwrap_or_default();
         for _ in 0..MAX_LINKS {
             let item = match function {
@@ -192,6 +234,8 @@ impl<'p> Rebuild<'p> {
                 Function::Quantised => return self.quantised(args).map(Some),
                 Function::Sparse => return sparse(pickle, args).map(Some),
                 Function::Nested => return nested(args).map(Some),
+                Function::FromNumpy => self.device_array(args)?,
+                Function::Array => Item::Unreadable("it is a parameter around a numpy array".to_owned()),
                 Function::Other(what) => Item::Unreadable(format!("it is {what}, which is not read yet")),
             };
             return Ok(Some(Rebuilt::Item(item)));
@@ -342,7 +386,7 @@ impl<'p> Rebuild<'p> {
     }
 
     fn place(&self, key: &str, dtype: Option<Dtype>, device: &str, numel: u64, nbytes: u64) -> Result<Storage> {
-        let storage = match &self.places {
+        let storage = match &self.saved.places {
             Places::Archive(archive, root) => {
                 let storage = Storage::record(Arc::clone(archive), format!("{root}/data/{key}"), dtype, nbytes, device);
                 if device != "meta" {
@@ -360,7 +404,7 @@ impl<'p> Rebuild<'p> {
                 Storage::in_file(Arc::clone(source), start, key, dtype, nbytes, device)
             }
         };
-        Ok(if self.big_endian { storage.swapped() } else { storage })
+        Ok(if self.saved.big_endian { storage.swapped() } else { storage })
     }
 
     /// Globals that reweft gives no meaning to, as `module.name`, in the order of the file.
@@ -383,7 +427,7 @@ enum Inner<'p> {
 }
 
 /// The dtype that a global like `torch.uint16` names.
-fn global_dtype(pickle: &Pickle<'_>, id: NodeId) -> Option<Dtype> {
+pub(super) fn global_dtype(pickle: &Pickle<'_>, id: NodeId) -> Option<Dtype> {
     match pickle.as_global(id)? {
         ("torch", name) => Dtype::from_name(name).filter(|dtype| dtype.name() == name),
         _ => None,
@@ -434,7 +478,11 @@ fn parts_of_state(pickle: &Pickle<'_>, state: NodeId) -> Vec<(String, Part)> {
 /// Whether a value is a tensor, or a storage outside of one.
 pub(super) fn is_tensor(pickle: &Pickle<'_>, id: NodeId) -> bool {
     let is_function = |name| FUNCTIONS.iter().any(|row| (row.0, row.1) == name);
-    matches!(pickle.get(id), Value::Persistent(_)) || pickle.as_call(id).is_some_and(|(name, _)| is_function(name))
+    match pickle.as_call(id) {
+        Some((name, _)) if is_function(name) => numpy::is_tensor(pickle, id),
+        Some(_) => false,
+        None => matches!(pickle.get(id), Value::Persistent(_)),
+    }
 }
 
 /// What a persistent id says of a storage.
@@ -487,7 +535,7 @@ fn size(pickle: &Pickle<'_>, id: NodeId, what: &str) -> Result<u64> {
 }
 
 /// A tuple of sizes; `torch.Size` calls hold it as their one argument.
-fn sizes(pickle: &Pickle<'_>, id: NodeId, what: &str) -> Result<Vec<u64>> {
+pub(super) fn sizes(pickle: &Pickle<'_>, id: NodeId, what: &str) -> Result<Vec<u64>> {
     let id = match pickle.as_call(id) {
         Some((("torch", "Size"), object)) => match pickle.as_tuple(object.args) {
             Some([items]) => *items,

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use reweft_pickle::{Pickle, Value};
 
-use super::rebuild::{Globals, Places, storage_id};
+use super::rebuild::{Globals, Places, Saved, storage_id};
 use super::torch_zip::read_object;
 use super::{Format, OpenOptions, Read};
 use crate::dtype::Dtype;
@@ -41,6 +41,11 @@ pub(super) fn detect_pickle(source: &dyn ReadAt) -> bool {
 }
 
 pub(super) fn read(source: &Source, options: &OpenOptions) -> Result<Read> {
+    visit(source, options, |saved| read_object(saved, options))
+}
+
+/// Hands over the stream's object.
+pub(super) fn visit<R>(source: &Source, options: &OpenOptions, then: impl FnOnce(Saved<'_>) -> Result<R>) -> Result<R> {
     let bytes = read_pickles(&**source, &options.limits)?;
     let mut stream = Stream { bytes: &bytes, at: 0, limits: &options.limits };
     stream.next()?; // the magic number
@@ -54,11 +59,21 @@ pub(super) fn read(source: &Source, options: &OpenOptions) -> Result<Read> {
     let keys = stream.next()?;
     let places = find_storages(&**source, &object, &keys, stream.at as u64, big_endian)?;
     let places = Places::File(source.clone(), places);
-    read_object(&object, places, big_endian, Format::TorchLegacy, options)
+    let (pickle, bytes, origin) = (&object, bytes.as_slice(), Some((source.clone(), 0)));
+    then(Saved { pickle, bytes, origin, places, big_endian, format: Format::TorchLegacy })
 }
 
 /// Reads a file that is one pickle, as `pickle.dump` writes it.
 pub(super) fn read_pickle(source: &Source, options: &OpenOptions) -> Result<Read> {
+    visit_pickle(source, options, |saved| read_object(saved, options))
+}
+
+/// Hands over the object of a file that is one pickle.
+pub(super) fn visit_pickle<R>(
+    source: &Source,
+    options: &OpenOptions,
+    then: impl FnOnce(Saved<'_>) -> Result<R>,
+) -> Result<R> {
     let limit = options.limits.max_metadata_nbytes;
     if source.len() > limit {
         let what = format!("pickle of {} bytes; max_metadata_nbytes is {limit}", source.len());
@@ -71,7 +86,8 @@ pub(super) fn read_pickle(source: &Source, options: &OpenOptions) -> Result<Read
         return Err(Error::format(format!("{left} bytes stand behind the pickle")).at(pickle.nbytes() as u64));
     }
     let places = Places::File(source.clone(), HashMap::new());
-    read_object(&pickle, places, false, Format::Pickle, options)
+    let (pickle, bytes, origin) = (&pickle, bytes.as_slice(), Some((source.clone(), 0)));
+    then(Saved { pickle, bytes, origin, places, big_endian: false, format: Format::Pickle })
 }
 
 /// The front of the file with all five pickles in it: a first piece, or as much as the limit allows.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use reweft_pickle::Pickle;
 
 use super::flatten::flatten;
-use super::rebuild::{Places, Rebuild};
+use super::rebuild::{Places, Rebuild, Saved};
 use super::{Contents, Format, OpenOptions, Read};
-use crate::container::zip::Archive;
+use crate::container::zip::{Archive, Method};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
@@ -22,11 +22,23 @@ mod paths {
 
 pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
     let archive = Arc::new(Archive::open(source)?);
+    let mut read = visit(&archive, options, |saved| read_object(saved, options))?;
+    read.contents.notices.extend(crc_notices(&archive));
+    Ok(read)
+}
+
+/// Hands over the archive's object, and says where an error of `then` is.
+pub(super) fn visit<R>(
+    archive: &Arc<Archive>,
+    options: &OpenOptions,
+    then: impl FnOnce(Saved<'_>) -> Result<R>,
+) -> Result<R> {
     let root = archive.root()?.to_owned();
     let record = format!("{root}/{}", paths::PICKLE);
-    check_kind(&archive, &root, &record)?;
-    let big_endian = is_big_endian(&archive, &root)?;
-    let nbytes = archive.entry(&record)?.nbytes;
+    check_kind(archive, &root, &record)?;
+    let big_endian = is_big_endian(archive, &root)?;
+    let entry = archive.entry(&record)?;
+    let (nbytes, stored) = (entry.nbytes, entry.method == Method::STORED);
     let limit = options.limits.max_metadata_nbytes;
     if nbytes > limit {
         let what = format!("pickle of {nbytes} bytes; max_metadata_nbytes is {limit}");
@@ -40,21 +52,16 @@ pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
         let error = Error::format(format!("{left} bytes stand behind the pickle"));
         return Err(in_pickle(error.at(pickle.nbytes() as u64)));
     }
-    let places = Places::Archive(Arc::clone(&archive), &root);
-    let mut read = read_object(&pickle, places, big_endian, Format::TorchZip, options).map_err(in_pickle)?;
-    read.contents.notices.extend(crc_notices(&archive));
-    Ok(read)
+    let origin = if stored { Some((archive.source().clone(), archive.place(&record)?.data.start)) } else { None };
+    let places = Places::Archive(Arc::clone(archive), &root);
+    let (pickle, bytes, format) = (&pickle, bytes.as_slice(), Format::TorchZip);
+    then(Saved { pickle, bytes, origin, places, big_endian, format }).map_err(in_pickle)
 }
 
 /// Rebuilds what one pickle says, whichever container it and its storages are in.
-pub(super) fn read_object(
-    pickle: &Pickle<'_>,
-    places: Places<'_>,
-    big_endian: bool,
-    format: Format,
-    options: &OpenOptions,
-) -> Result<Read> {
-    let mut rebuild = Rebuild::new(pickle, places, big_endian);
+pub(super) fn read_object(saved: Saved<'_>, options: &OpenOptions) -> Result<Read> {
+    let (pickle, format) = (saved.pickle, saved.format);
+    let mut rebuild = Rebuild::new(saved);
     let flat = flatten(pickle, &mut rebuild, options)?;
     let unknown_globals = rebuild.unknown_globals();
     let notices = rebuild.notices;

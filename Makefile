@@ -6,7 +6,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export CARGO_TERM_COLOR ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench format lint test-rust test-python bless clean
+.PHONY: help setup build demo test bench format lint test-rust test-python fuzz bless clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,16 @@ test-python: build ## pytest
 
 bench: build ## Compare with the peers, in one run
 	$(BIN)/python -m tests.bench
+
+# What `make fuzz` runs, and for how long.
+TARGET ?= pickle
+SECONDS ?= 60
+fuzz: ## Fuzz one target for a while: make fuzz TARGET=zip SECONDS=600
+	@command -v cargo-fuzz >/dev/null || { echo "make fuzz needs cargo-fuzz: cargo install cargo-fuzz --locked" >&2; exit 1; }
+	cd rust/reweft-fuzz && mkdir -p fuzz/corpus/$(TARGET) && RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none $(TARGET) \
+	  fuzz/corpus/$(TARGET) ../../fixtures/seeds/$(TARGET) ../../fixtures/checkpoints ../../fixtures/hostile -- \
+	  -dict=dictionaries/$(if $(wildcard rust/reweft-fuzz/dictionaries/$(TARGET).dict),$(TARGET),pickle).dict \
+	  -max_total_time=$(SECONDS) -max_len=8192 -timeout=10 -malloc_limit_mb=1024 -print_final_stats=1
 
 bless: setup ## Accept the present output as the expected one
 	BLESS=1 cargo test --quiet -p reweft-cli --test it

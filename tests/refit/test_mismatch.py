@@ -107,7 +107,7 @@ def test_wrong_dtype(
     assert_hints(error)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, torch.uint16])
 def test_dtype_without_a_conversion_is_refused_even_when_casts_are_allowed(
     dtype: torch.dtype, refused: Refused, digits: Package, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -138,12 +138,11 @@ def test_cast_that_was_asked_for_is_the_cast_of_torch(dtype: torch.dtype, half_w
     report = rt.replace_weights(model, checkpoint, allow_cast=True)
     wanted = state["up.weight"].to(torch.bfloat16)
     for got in (model.state_dict()["up.weight"], rt.load(tmp_path / "x.pt2").state_dict()["up.weight"]):
-        assert torch.equal(got.isnan(), wanted.isnan())
-        assert raw(got[~wanted.isnan()]) == raw(wanted[~wanted.isnan()])
+        assert raw(got) == raw(wanted)
     assert report.bytes_copied == wanted.numel() * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_cast_to_single_precision(dtype: torch.dtype, digits: Package, tmp_path: Path) -> None:
     state = dict(digits.module(1).state_dict())
     state["fc.weight"] = special_values()[:64].to(dtype).reshape(4, 16)
@@ -151,10 +150,7 @@ def test_cast_to_single_precision(dtype: torch.dtype, digits: Package, tmp_path:
     reweft.refit(digits.path, save(state, tmp_path / "x.pt"), out=tmp_path / "x.pt2", allow_cast=True)
     got = rt.load(tmp_path / "x.pt2").state_dict()
     for key in ("fc.weight", "conv2.weight"):
-        wanted = state[key].float()
-        assert raw(got[key].nan_to_num(7, float("inf"), -float("inf"))) == raw(
-            wanted.nan_to_num(7, float("inf"), -float("inf"))
-        )
+        assert raw(got[key]) == raw(state[key].float())
 
 
 def test_missing_key(refused: Refused, digits: Package, state: dict[str, torch.Tensor], tmp_path: Path) -> None:

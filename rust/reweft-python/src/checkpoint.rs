@@ -168,14 +168,17 @@ impl Checkpoint {
     }
 }
 
+/// Finds a dtype by torch's name.
+pub fn dtype_of(name: &str) -> reweft::Result<Dtype> {
+    let unknown = || reweft::Error::new(reweft::ErrorKind::Unsupported, format!("dtype {name} is not known"));
+    Dtype::from_name(name).ok_or_else(unknown)
+}
+
 fn from_rows(name: &Path, storages: Vec<Source>, tensors: Vec<TensorRow>) -> Result<Checkpoint> {
     let tensors: reweft::Result<Vec<_>> = tensors
         .into_iter()
         .map(|(key, dtype, shape, strides, storage, storage_offset)| {
-            let Some(dtype) = Dtype::from_name(&dtype) else {
-                let what = format!("dtype {dtype} is not known");
-                return Err(reweft::Error::new(reweft::ErrorKind::Unsupported, what).of_key(key));
-            };
+            let dtype = dtype_of(&dtype).map_err(|error| error.of_key(&key))?;
             Ok((key, reweft::TensorInfo { dtype, shape, strides, storage, storage_offset }))
         })
         .collect();

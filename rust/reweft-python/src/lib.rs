@@ -21,5 +21,5 @@ mod _core {
     #[pymodule_export]
     use crate::model::Model;
     #[pymodule_export]
-    use crate::weights::{Plan, convert, main, plan, refit, seal, verify};
+    use crate::weights::{Plan, cast, main, plan, refit, seal, verify, write_converted};
 }

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use reweft::artifact::manifest::{self, Origins};
-use reweft::source::Access;
+use reweft::source::{Access, ReadAt};
 use reweft::write::{ConvertOptions, TargetFormat};
-use reweft::{Artifact, Error, ErrorKind, Limits, plan as engine, write};
+use reweft::{Artifact, Error, ErrorKind, Limits, convert, plan as engine, write};
 
-use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::buffer::{Borrowed, Buffer};
+use crate::checkpoint::{Checkpoint, dtype_of};
+use crate::error::{Error as Failed, Result};
 
 /// A checked list of replacements, with the files it is of.
 #[pyclass(frozen, module = "reweft._core")]
@@ -78,8 +79,8 @@ pub fn verify(py: Python<'_>, plan: &Plan) -> Result<String> {
 
 /// Writes a checkpoint in another format; gives the report as JSON.
 #[pyfunction]
-#[pyo3(signature = (checkpoint, out, *, target, shared, sync))]
-pub fn convert(
+#[pyo3(name = "convert", signature = (checkpoint, out, *, target, shared, sync))]
+pub fn write_converted(
     py: Python<'_>,
     checkpoint: &Checkpoint,
     out: PathBuf,
@@ -99,6 +100,15 @@ pub fn convert(
     };
     let options = ConvertOptions { format, shared, sync };
     py.detach(|| to_json(&write::convert(&checkpoint.0, &out, &options, &mut |_, _| ())?))
+}
+
+/// Converts elements between float dtypes, given by torch's names.
+#[pyfunction]
+pub fn cast(py: Python<'_>, data: &Bound<'_, PyAny>, source: &str, target: &str) -> PyResult<Buffer> {
+    let (from, to) = (dtype_of(source).map_err(Failed::from)?, dtype_of(target).map_err(Failed::from)?);
+    let bytes = Borrowed::new(data)?;
+    let cast: Result<_> = py.detach(|| Ok(convert::cast(bytes.as_slice().unwrap_or_default(), from, to)?));
+    Ok(Buffer::owned(cast?))
 }
 
 /// Writes a copy of a fresh package with a manifest made of `origins` (JSON).

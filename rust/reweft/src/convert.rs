@@ -1,8 +1,9 @@
 //! Bytes to bytes: layout changes and casts, as plain functions over slices.
 
-use half::{bf16, f16};
+mod cast;
 
-use crate::dtype::Dtype;
+pub use cast::{can_cast, cast, cast_into};
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{contiguous, same_layout};
 
@@ -117,60 +118,6 @@ pub fn to_contiguous<'a>(
     Ok(target.into())
 }
 
-/// Whether [`cast`] converts from one dtype to the other.
-pub fn can_cast(from: Dtype, to: Dtype) -> bool {
-    from == to || from.is_float() && to.is_float()
-}
-
-/// Converts elements between float dtypes, rounding to nearest, ties to even, as torch does.
-///
-/// 64-bit values reach the 16-bit types through `float32`, which is torch's way and can round twice.
-///
-/// # Errors
-/// [`ErrorKind::Unsupported`] for any pair that [`can_cast`] denies, [`ErrorKind::Format`] for a partial element.
-pub fn cast(bytes: &[u8], from: Dtype, to: Dtype) -> Result<Vec<u8>> {
-    if !can_cast(from, to) {
-        return Err(Error::new(ErrorKind::Unsupported, format!("no cast from {from} to {to}")));
-    }
-    let whole = from.itemsize().is_some_and(|size| (bytes.len() as u64).is_multiple_of(size));
-    if !whole {
-        return Err(Error::format(format!("{} bytes are no whole number of {from} elements", bytes.len())));
-    }
-    if from == to {
-        return Ok(bytes.to_vec());
-    }
-    if from == Dtype::F64 {
-        let values = items(bytes).map(f64::from_le_bytes);
-        return Ok(narrow(values.map(to_f32), to));
-    }
-    let single: Box<dyn Iterator<Item = f32>> = match from {
-        Dtype::F16 => Box::new(items(bytes).map(|item| f16::from_le_bytes(item).to_f32())),
-        Dtype::BF16 => Box::new(items(bytes).map(|item| bf16::from_le_bytes(item).to_f32())),
-        _ => Box::new(items(bytes).map(f32::from_le_bytes)),
-    };
-    if to == Dtype::F64 {
-        return Ok(single.flat_map(|value| f64::from(value).to_le_bytes()).collect());
-    }
-    Ok(narrow(single, to))
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "rounding is what the caller asked for")]
-fn to_f32(value: f64) -> f32 {
-    value as f32
-}
-
-fn items<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
-    bytes.as_chunks::<N>().0.iter().copied()
-}
-
-fn narrow(values: impl Iterator<Item = f32>, to: Dtype) -> Vec<u8> {
-    match to {
-        Dtype::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
-        Dtype::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
-        _ => values.flat_map(f32::to_le_bytes).collect(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,16 +157,5 @@ mod tests {
         assert_eq!(&*to_contiguous(1, &[3, 2], &[0, 1], &[7, 8]).unwrap(), [7, 8, 7, 8, 7, 8]);
         assert_eq!(&*to_contiguous(2, &[], &[], &[7, 8]).unwrap(), [7, 8]);
         assert!(to_contiguous(1, &[3, 2], &[1, 3], &[7, 8]).is_err(), "source too short");
-    }
-
-    #[test]
-    fn casts_round_to_even_and_keep_specials() {
-        let bytes: Vec<u8> =
-            [1.0_f32, 1.001_953_1, f32::INFINITY, 65536.0].iter().flat_map(|v| v.to_le_bytes()).collect();
-        let half = cast(&bytes, Dtype::F32, Dtype::F16).unwrap();
-        let half: Vec<f32> = items(&half).map(|item| f16::from_le_bytes(item).to_f32()).collect();
-        assert_eq!(half, [1.0, 1.001_953_1, f32::INFINITY, f32::INFINITY]);
-        assert!(cast(&bytes, Dtype::F32, Dtype::I32).is_err());
-        assert!(cast(&bytes[..3], Dtype::F32, Dtype::F16).is_err());
     }
 }

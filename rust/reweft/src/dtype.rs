@@ -127,9 +127,20 @@ impl Dtype {
         }
     }
 
-    /// Whether values are real floating-point numbers.
+    /// Whether every element is one real floating-point number of whole bytes.
     pub const fn is_float(self) -> bool {
-        matches!(self, Self::F16 | Self::F32 | Self::F64 | Self::BF16)
+        matches!(
+            self,
+            Self::F16
+                | Self::F32
+                | Self::F64
+                | Self::BF16
+                | Self::F8E4M3
+                | Self::F8E5M2
+                | Self::F8E4M3Fnuz
+                | Self::F8E5M2Fnuz
+                | Self::F8E8M0
+        )
     }
 
     /// Finds a dtype by torch's name, with or without `torch.`; also accepts the usual short forms (`f32`, `bf16`).

@@ -194,3 +194,41 @@ def test_subclass_is_read_as_its_payload_with_a_notice(tmp_path: Path) -> None:
     assert_equal(checkpoint, {"w": value, "b": value + 1})
     (notice,) = checkpoint.notices
     assert "Scaled" in notice
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_storage_without_a_tensor_is_a_tensor_of_one_dimension(form: str, tmp_path: Path) -> None:
+    value, other = torch.randn(4, 3), torch.arange(5)
+    held: dict[str, Any] = {"untyped": other.untyped_storage()}
+    held |= {"typed": value.storage(), "none": torch.empty(0).storage()}  # type: ignore[no-untyped-call]
+    path = tmp_path / "x.pt"
+    torch.save(held, path, _use_new_zipfile_serialization=form == "zip")
+    checkpoint = reweft.open(path)
+    assert checkpoint.unreadable == {}
+    assert (checkpoint["typed"].dtype, checkpoint["typed"].shape) == ("float32", (12,))
+    assert (checkpoint["untyped"].dtype, checkpoint["untyped"].shape) == ("uint8", (40,))
+    assert checkpoint["none"].shape == (0,)
+    assert bytes(checkpoint["typed"].read()) == raw(value)
+    assert bytes(checkpoint["untyped"].read()) == raw(other)
+    assert any("no tensor is around" in notice for notice in checkpoint.notices)
+
+
+def test_storage_alone(tmp_path: Path) -> None:
+    value = torch.arange(3)
+    torch.save(value.untyped_storage(), tmp_path / "x.pt")
+    assert bytes(reweft.open(tmp_path / "x.pt")["tensor"].read()) == raw(value)
+
+
+def test_legacy_view_that_leaves_its_storage_is_refused(tmp_path: Path) -> None:
+    """Old files name views of storages; a tensor must lie within its view, not only within the storage."""
+    data = legacy({"a": torch.arange(8.0)}, tmp_path / "x.pt").read_bytes()
+    # The persistent id ends in (..., numel, None); here the view is elements 2 and 3.
+    start = data.index(b"K\x08Nt") if b"K\x08Nt" in data else -1
+    assert start > 0
+    view = b"X\x01\0\0\0vK\x02K\x02\x87"
+    (tmp_path / "y.pt").write_bytes(data[: start + 2] + view + data[start + 3 :])
+    with pytest.raises(RuntimeError):
+        torch.load(tmp_path / "y.pt")
+    with pytest.raises(reweft.FormatError, match="storage has 8"):
+        reweft.open(tmp_path / "y.pt")

@@ -7,10 +7,13 @@ mod arrays;
 mod flatten;
 mod module;
 pub(crate) mod numpy;
+mod parts;
+mod persistent;
 mod rebuild;
 mod safetensors;
 mod storage;
 mod torch_legacy;
+mod torch_tar;
 mod torch_zip;
 
 use std::collections::HashSet;
@@ -20,7 +23,7 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
-use crate::container::zip::Archive;
+use crate::container::{tar, zip::Archive};
 use crate::convert;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::KeyMap;
@@ -49,6 +52,8 @@ pub enum Format {
     TorchZip,
     /// The stream of pickles that `torch.save` wrote before 1.6.
     TorchLegacy,
+    /// The tar archive that `torch.save` wrote up to 0.1.10.
+    TorchTar,
     /// One pickle, as `pickle.dump` writes it.
     Pickle,
     /// safetensors.
@@ -63,6 +68,7 @@ impl Format {
         match self {
             Self::TorchZip => "torch zip",
             Self::TorchLegacy => "torch legacy",
+            Self::TorchTar => "torch tar",
             Self::Pickle => "pickle",
             Self::Safetensors => "safetensors",
             Self::Memory => "memory",
@@ -128,8 +134,11 @@ impl Checkpoint {
     }
 
     fn read_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
+        let head = source::read_vec(&*source, 0, source.len().min(tar::BLOCK_NBYTES))?;
         let read = if Archive::detect(&*source) {
             torch_zip::read(source, options)?
+        } else if tar::detect(&head) {
+            torch_tar::read(&source, options)?
         } else if safetensors::detect(&*source) {
             safetensors::read(&source, options)?
         } else if torch_legacy::detect(&*source) {

@@ -4,7 +4,7 @@ mod mmap;
 
 use std::fmt;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,7 +59,10 @@ pub enum Access {
 /// # Errors
 /// [`ErrorKind::Io`](crate::ErrorKind::Io) if the file cannot be opened or is not a regular file.
 pub fn open(path: &Path, access: Access) -> Result<Source> {
-    let file = File::open(path).map_err(|error| Error::io("open", error).in_file(path))?;
+    // Not to wait for the other end of a pipe; a regular file takes no notice of it.
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(nonblocking).open(path);
+    let file = file.map_err(|error| Error::io("open", error).in_file(path))?;
     let metadata = file.metadata().map_err(|error| Error::io("stat", error).in_file(path))?;
     if !metadata.is_file() {
         let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
@@ -263,6 +266,15 @@ mod tests {
         assert!(error.contains("ends 1 bytes too early"), "{error}");
         assert!(read_vec(&bytes, u64::MAX, 2).is_err());
         assert!(read_vec(&bytes, 0, u64::MAX / 2).is_err());
+    }
+
+    #[test]
+    fn a_pipe_without_a_writer_is_refused_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
+        let error = open(&path, Access::Read).unwrap_err();
+        assert!(error.to_string().contains("not a regular file"), "{error}");
     }
 
     #[test]

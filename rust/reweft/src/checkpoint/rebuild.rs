@@ -1,14 +1,17 @@
 //! From the calls in a pickle to tensors: one table of the functions that `torch.save` names, none of which is called.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use reweft_pickle::{NodeId, Object, Pickle, Value};
 
+use super::parts::{nested, parts_of_state, sparse};
+use super::persistent::{StorageId, View, names_storage, size, storage_id};
+use super::torch_tar::{Numbers, Object as Numbered};
 use super::{Format, Item, Storage, numpy};
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::source::Source;
 use crate::tensor::TensorInfo;
 
@@ -68,14 +71,19 @@ const PLAIN_CLASSES: &[(&str, &str)] = &[
     ("torch.nn.parameter", "Buffer"),
 ];
 
-/// Names of a sparse tensor's index tensors by layout, as torch's methods name them.
-const SPARSE_INDICES: &[(&str, &[&str])] = &[
-    ("sparse_coo", &["indices"]),
-    ("sparse_csr", &["crow_indices", "col_indices"]),
-    ("sparse_csc", &["ccol_indices", "row_indices"]),
-    ("sparse_bsr", &["crow_indices", "col_indices"]),
-    ("sparse_bsc", &["ccol_indices", "row_indices"]),
-];
+/// Whether objects of a class are tensors: the plain classes, those named by dtype, and that of old parameters.
+fn is_tensor_class(module: &str, name: &str) -> bool {
+    let is_typed = |module: &str| module == "torch" || module.starts_with("torch.");
+    let dtype = || name.strip_suffix("Tensor").and_then(|name| Dtype::from_storage_class(&format!("{name}Storage")));
+    PLAIN_CLASSES.contains(&(module, name))
+        || (module, name) == ("torch.autograd.variable", "Variable")
+        || is_typed(module) && dtype().is_some()
+}
+
+/// Whether an object's class takes its data as its first argument.
+fn is_parameter(pickle: &Pickle<'_>, object: &Object) -> bool {
+    pickle.as_global(object.callable).is_some_and(|(_, name)| matches!(name, "Parameter" | "Variable"))
+}
 
 /// What a call in the pickle makes.
 pub(super) enum Rebuilt {
@@ -99,6 +107,8 @@ pub(super) enum Places<'p> {
     Archive(Arc<Archive>, &'p str),
     /// In the file itself, by key: first byte and number of elements.
     File(Source, HashMap<String, (u64, u64)>),
+    /// In a tar archive, which numbers its storages and tensors.
+    Tar(Numbers),
 }
 
 /// One pickle of a file, and where the file keeps what belongs to it.
@@ -142,13 +152,15 @@ const MAX_LINKS: usize = 8;
 pub(super) struct Globals {
     functions: HashMap<NodeId, Function>,
     /// Dtype by storage class; `None` for untyped storages.
-    storages: HashMap<NodeId, Option<Dtype>>,
+    pub(super) storages: HashMap<NodeId, Option<Dtype>>,
+    /// Classes whose objects are tensors by their state, in old files.
+    classes: HashSet<NodeId>,
 }
 
 impl Globals {
     /// Looks at every global once.
     pub fn new(pickle: &Pickle<'_>) -> Self {
-        let mut globals = Self { functions: HashMap::new(), storages: HashMap::new() };
+        let mut globals = Self { functions: HashMap::new(), storages: HashMap::new(), classes: HashSet::new() };
         for (id, value) in pickle.nodes() {
             if !matches!(value, Value::Global { .. }) {
                 continue;
@@ -156,6 +168,8 @@ impl Globals {
             let Some((module, name)) = pickle.as_global(id) else { continue };
             if let Some(row) = FUNCTIONS.iter().find(|row| (row.0, row.1) == (module, name)) {
                 globals.functions.insert(id, row.2);
+            } else if is_tensor_class(module, name) {
+                globals.classes.insert(id);
             } else if name == "UntypedStorage" {
                 globals.storages.insert(id, None);
             } else if let Some(dtype) = Dtype::from_storage_class(name) {
@@ -170,6 +184,11 @@ impl Globals {
         let object = pickle.as_object(id)?;
         Some((*self.functions.get(&object.callable)?, object))
     }
+
+    /// An object of a tensor class.
+    fn object<'p>(&self, pickle: &'p Pickle<'_>, id: NodeId) -> Option<&'p Object> {
+        pickle.as_object(id).filter(|object| self.classes.contains(&object.callable))
+    }
 }
 
 /// Rebuilds tensors of one pickle; storages are collected once each.
@@ -180,10 +199,12 @@ pub(super) struct Rebuild<'p> {
     /// The storages in the order of first use.
     pub storages: Vec<Storage>,
     by_key: HashMap<&'p str, usize>,
-    /// Storage and first element by persistent id node, so that a shared one is looked up once.
-    by_node: HashMap<NodeId, (usize, u64)>,
+    /// What of a storage a persistent id node means, so that a shared one is looked up once.
+    by_node: HashMap<NodeId, View>,
+    /// Whether a storage was met that no tensor is around.
+    bare_storage: bool,
     /// Tensors of classes that are not known, read as their plain payload.
-    pub notices: Vec<String>,
+    pub(super) notices: Vec<String>,
     /// Storages of numpy arrays by node, and by dtype where that is another than the array's.
     pub(super) arrays: HashMap<(NodeId, Dtype), usize>,
     /// Bytes of arrays that the pickle holds in another form, by where it does and the byte order of a cast.
@@ -191,14 +212,16 @@ pub(super) struct Rebuild<'p> {
 }
 
 impl<'p> Rebuild<'p> {
-    pub fn new(saved: Saved<'p>) -> Self {
+    pub fn new(mut saved: Saved<'p>) -> Self {
+        let storages = if let Places::Tar(numbers) = &mut saved.places { numbers.take_storages() } else { Vec::new() };
         Self {
             pickle: saved.pickle,
             globals: Globals::new(saved.pickle),
             saved,
-            storages: Vec::new(),
+            storages,
             by_key: HashMap::new(),
             by_node: HashMap::new(),
+            bare_storage: false,
             notices: Vec::new(),
             arrays: HashMap::new(),
             unpacked: HashMap::new(),
@@ -209,10 +232,11 @@ impl<'p> Rebuild<'p> {
     /// out of reach.
     ///
     /// # Errors
-    /// [`ErrorKind::Format`] where the arguments contradict themselves or the archive.
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) where the arguments contradict themselves or the archive.
     pub fn item(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
         let pickle = self.pickle;
-        let Some((mut function, object)) = self.globals.call(pickle, id) else { return self.old_tensor(id) };
+        let id = self.unwrap(id)?;
+        let Some((mut function, object)) = self.globals.call(pickle, id) else { return self.uncalled(id) };
         if let Function::Array = function {
             return self.array(id).map(Some);
         }
@@ -247,8 +271,11 @@ impl<'p> Rebuild<'p> {
     fn inner(&mut self, outer: Function, args: &'p [NodeId]) -> Result<Inner<'p>> {
         let pickle = self.pickle;
         if let Function::First = outer {
-            let id = *args.first().ok_or_else(|| Error::format("parameter without a tensor"))?;
+            let id = self.unwrap(*args.first().ok_or_else(|| Error::format("parameter without a tensor"))?)?;
             let Some((function, object)) = self.globals.call(pickle, id) else {
+                if let Some(rebuilt) = self.uncalled(id)? {
+                    return Ok(Inner::Done(rebuilt));
+                }
                 let what = format!("it depends on {}, which reweft does not know", pickle.describe(id));
                 return Ok(Inner::Done(Rebuilt::Item(Item::Unreadable(what))));
             };
@@ -276,15 +303,58 @@ impl<'p> Rebuild<'p> {
         }
     }
 
+    /// A tensor that no function of the table makes: a persistent id, or an object of a tensor class with a state.
+    fn uncalled(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
+        let pickle = self.pickle;
+        if let Value::Persistent(pid) = pickle.get(id) {
+            return Ok(self.persistent(id, *pid)?.map(Rebuilt::Item));
+        }
+        self.old_tensor(id)
+    }
+
+    /// What stands for itself and not in a call: a tensor of a tar archive, or a storage without a tensor.
+    fn persistent(&mut self, id: NodeId, pid: NodeId) -> Result<Option<Item>> {
+        if let Places::Tar(numbers) = &self.saved.places
+            && let Some(Numbered::Tensor(item)) = numbers.object(self.pickle, pid)?
+        {
+            return Ok(Some(item.clone()));
+        }
+        let Some(view) = self.storage(id)? else { return Ok(None) };
+        let held = &self.storages[view.storage];
+        if held.device == "meta" {
+            return Ok(Some(Item::Unreadable("it is a storage without data".to_owned())));
+        }
+        let dtype = held.dtype.unwrap_or(Dtype::U8);
+        let numel = view.nbytes / dtype.itemsize().unwrap_or(1);
+        self.bare_storage = true;
+        view.tensor(dtype, vec![numel], vec![1], 0).map(|info| Some(readable(info)))
+    }
+
     /// Tensors of the first releases: an object of a tensor class with `(storage, offset, size, stride)` as its state.
     fn old_tensor(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
-        let Some((("torch", name), object)) = self.pickle.as_call(id) else { return Ok(None) };
-        let [.., state] = object.state() else { return Ok(None) };
-        let is_tensor = name.ends_with("Tensor");
-        match self.pickle.as_tuple(*state) {
-            Some(state) if is_tensor && state.len() == 4 => Ok(Some(Rebuilt::Item(self.tensor(state, None, None)?))),
+        let pickle = self.pickle;
+        let Some([.., state]) = self.globals.object(pickle, id).map(Object::state) else { return Ok(None) };
+        match pickle.as_tuple(*state) {
+            Some(state) if state.len() == 4 => Ok(Some(Rebuilt::Item(self.tensor(state, None, None)?))),
             _ => Ok(None),
         }
+    }
+
+    /// From a parameter of the first releases to its data: `(data, grad, hooks, requires_grad, volatile)` as its
+    /// state, or the data as its first argument. Source: `Tensor.__setstate__`.
+    fn unwrap(&self, mut id: NodeId) -> Result<NodeId> {
+        let pickle = self.pickle;
+        for _ in 0..MAX_LINKS {
+            let Some(object) = self.globals.object(pickle, id) else { return Ok(id) };
+            let state = object.state().last().and_then(|state| pickle.as_tuple(*state)).unwrap_or_default();
+            id = match (state, pickle.as_tuple(object.args)) {
+                ([_, _, _, _], _) => return Ok(id),
+                ([data, _, _, _, _], _) => *data,
+                (_, Some([data, ..])) if is_parameter(pickle, object) => *data,
+                _ => return Ok(id),
+            };
+        }
+        Err(Error::format("a tensor in a tensor in a tensor, and so on"))
     }
 
     fn tensor(&mut self, args: &[NodeId], dtype: Option<Dtype>, metadata: Option<&NodeId>) -> Result<Item> {
@@ -292,15 +362,9 @@ impl<'p> Rebuild<'p> {
         if metadata.is_some_and(|id| pickle.dict(*id).is_none_or(|pairs| !pairs.is_empty())) {
             return Ok(Item::Unreadable("it is a conjugate or negative view, which is not read yet".to_owned()));
         }
-        let info = match self.view(args, dtype)? {
-            Ok(info) => info,
-            Err(why) => return Ok(Item::Unreadable(why)),
-        };
-        Ok(match info.dtype {
-            Dtype::QInt8 | Dtype::QUInt8 | Dtype::QInt32 | Dtype::QUInt4x2 | Dtype::QUInt2x4 => {
-                Item::Unreadable("it is a quantised tensor without its parameters".to_owned())
-            }
-            _ => Item::Tensor(info),
+        Ok(match self.view(args, dtype)? {
+            Ok(info) => readable(info),
+            Err(why) => Item::Unreadable(why),
         })
     }
 
@@ -310,11 +374,11 @@ impl<'p> Rebuild<'p> {
         let [storage, storage_offset, shape, strides, ..] = args else {
             return Err(Error::format(format!("tensor of {} arguments, wanted at least 4", args.len())));
         };
-        let Some((storage, first)) = self.storage(*storage)? else {
+        let Some(view) = self.storage(*storage)? else {
             let what = pickle.describe(*storage);
             return Ok(Err(format!("its storage is {what}, which reweft does not know")));
         };
-        let held = &self.storages[storage];
+        let held = &self.storages[view.storage];
         if held.device == "meta" {
             return Ok(Err("it is a meta tensor, which has no data".to_owned()));
         }
@@ -325,11 +389,8 @@ impl<'p> Rebuild<'p> {
             return Err(Error::format(format!("torch has no dtype {dtype}")));
         }
         let storage_offset = size(pickle, *storage_offset, "storage offset")?;
-        let storage_offset = storage_offset.checked_add(first).ok_or_else(|| Error::format("offset overflows"))?;
         let (shape, strides) = (sizes(pickle, *shape, "size")?, sizes(pickle, *strides, "stride")?);
-        let info = TensorInfo { dtype, shape, strides, storage, storage_offset };
-        info.window(held.nbytes)?;
-        Ok(Ok(info))
+        view.tensor(dtype, shape, strides, storage_offset).map(Ok)
     }
 
     /// The integers of a quantised tensor, and what turns them into numbers.
@@ -359,14 +420,22 @@ impl<'p> Rebuild<'p> {
         Ok(Rebuilt::Parts(what, parts))
     }
 
-    /// Number of the storage behind a persistent id and the element its view starts at; `None` if the value is
-    /// something else.
-    fn storage(&mut self, id: NodeId) -> Result<Option<(usize, u64)>> {
+    /// What of a storage a persistent id means; `None` if the value is something else.
+    fn storage(&mut self, id: NodeId) -> Result<Option<View>> {
         if let Some(found) = self.by_node.get(&id) {
             return Ok(Some(*found));
         }
         let Value::Persistent(pid) = self.pickle.get(id) else { return Ok(None) };
-        let StorageId { key, dtype, device, numel, first } = storage_id(self.pickle, &self.globals, *pid)?;
+        if let Places::Tar(numbers) = &self.saved.places {
+            return Ok(match numbers.object(self.pickle, *pid)? {
+                Some(Numbered::Storage(view)) => Some(*view),
+                _ => None,
+            });
+        }
+        if !names_storage(self.pickle, *pid) {
+            return Ok(None);
+        }
+        let StorageId { key, dtype, device, numel, view } = storage_id(self.pickle, &self.globals, *pid)?;
         let itemsize = dtype.and_then(Dtype::itemsize).unwrap_or(1);
         let nbytes = numel.checked_mul(itemsize).ok_or_else(|| Error::format("storage takes 2^64 bytes"))?;
         let number = if let Some(number) = self.by_key.get(key) {
@@ -381,8 +450,10 @@ impl<'p> Rebuild<'p> {
             self.by_key.insert(key, self.storages.len() - 1);
             self.storages.len() - 1
         };
-        self.by_node.insert(id, (number, first));
-        Ok(Some((number, first)))
+        // No overflow: the view's elements were held against the storage's.
+        let view = View { storage: number, byte_offset: view.0 * itemsize, nbytes: view.1 * itemsize };
+        self.by_node.insert(id, view);
+        Ok(Some(view))
     }
 
     fn place(&self, key: &str, dtype: Option<Dtype>, device: &str, numel: u64, nbytes: u64) -> Result<Storage> {
@@ -403,8 +474,18 @@ impl<'p> Rebuild<'p> {
                 }
                 Storage::in_file(Arc::clone(source), start, key, dtype, nbytes, device)
             }
+            Places::Tar(_) => return Err(Error::format("a tar archive numbers its storages")),
         };
         Ok(if self.saved.big_endian { storage.swapped() } else { storage })
+    }
+
+    /// What a careful reader should know of the tensors that were asked for.
+    pub fn take_notices(&mut self) -> Vec<String> {
+        let mut notices = std::mem::take(&mut self.notices);
+        if self.bare_storage {
+            notices.push("a storage that no tensor is around is read as a tensor of one dimension".to_owned());
+        }
+        notices
     }
 
     /// Globals that reweft gives no meaning to, as `module.name`, in the order of the file.
@@ -412,6 +493,7 @@ impl<'p> Rebuild<'p> {
         let known = |module: &str, name: &str| {
             FUNCTIONS.iter().any(|row| (row.0, row.1) == (module, name))
                 || PLAIN_GLOBALS.contains(&(module, name))
+                || is_tensor_class(module, name)
                 || (module == "torch" || module.starts_with("torch.")) && name.ends_with("Storage")
                 || module == "torch" && Dtype::from_name(name).is_some_and(|dtype| dtype.name() == name)
         };
@@ -434,45 +516,14 @@ pub(super) fn global_dtype(pickle: &Pickle<'_>, id: NodeId) -> Option<Dtype> {
     }
 }
 
-fn sparse(pickle: &Pickle<'_>, args: &[NodeId]) -> Result<Rebuilt> {
-    let [layout, data, ..] = args else { return Err(Error::format("sparse tensor without layout or data")) };
-    let layout = layout_name(pickle, *layout).unwrap_or_default();
-    let row = SPARSE_INDICES.iter().find(|row| row.0 == layout);
-    let (_, names) = row.ok_or_else(|| Error::format(format!("sparse tensor of layout {layout:?}")))?;
-    let names = [*names, &["values", "size"]].concat();
-    let parts = pickle.as_tuple(*data).unwrap_or_default();
-    if parts.len() < names.len() {
-        return Err(Error::format(format!("{layout} tensor of {} parts, wanted {}", parts.len(), names.len())));
-    }
-    let parts = names.iter().zip(parts).map(|(name, part)| ((*name).to_owned(), Part::Node(*part)));
-    Ok(Rebuilt::Parts(format!("{layout} tensor"), parts.collect()))
-}
-
-/// `torch.sparse_coo` as a global, or as the argument of `_get_layout`.
-fn layout_name<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Option<&'p str> {
-    let name = match pickle.as_call(id) {
-        Some((("torch.serialization", "_get_layout"), object)) => {
-            pickle.as_str(*pickle.as_tuple(object.args)?.first()?)?
+/// A tensor that can be read; the elements of quantised types mean nothing by themselves.
+fn readable(info: TensorInfo) -> Item {
+    match info.dtype {
+        Dtype::QInt8 | Dtype::QUInt8 | Dtype::QInt32 | Dtype::QUInt4x2 | Dtype::QUInt2x4 => {
+            Item::Unreadable("it is a quantised tensor without its parameters".to_owned())
         }
-        _ => pickle.as_global(id)?.1,
-    };
-    Some(name.strip_prefix("torch.").unwrap_or(name))
-}
-
-fn nested(args: &[NodeId]) -> Result<Rebuilt> {
-    let names = ["buffer", "sizes", "strides", "offsets"];
-    if args.len() < names.len() {
-        return Err(Error::format(format!("nested tensor of {} parts, wanted {}", args.len(), names.len())));
+        _ => Item::Tensor(info),
     }
-    let parts = names.into_iter().zip(args).map(|(name, part)| (name.to_owned(), Part::Node(*part)));
-    Ok(Rebuilt::Parts("nested tensor".to_owned(), parts.collect()))
-}
-
-/// The attributes of a wrapper subclass; its tensors are among them.
-fn parts_of_state(pickle: &Pickle<'_>, state: NodeId) -> Vec<(String, Part)> {
-    let pairs = pickle.dict(state).unwrap_or_default();
-    let named = pairs.iter().filter_map(|(name, value)| Some((pickle.as_str(*name)?.to_owned(), Part::Node(*value))));
-    named.collect()
 }
 
 /// Whether a value is a tensor, or a storage outside of one.
@@ -483,55 +534,6 @@ pub(super) fn is_tensor(pickle: &Pickle<'_>, id: NodeId) -> bool {
         Some(_) => false,
         None => matches!(pickle.get(id), Value::Persistent(_)),
     }
-}
-
-/// What a persistent id says of a storage.
-pub(super) struct StorageId<'p> {
-    pub key: &'p str,
-    pub dtype: Option<Dtype>,
-    pub device: &'p str,
-    pub numel: u64,
-    /// First element of the view that the id means; only old files have other views than the whole.
-    pub first: u64,
-}
-
-/// Reads `("storage", class, key, location, numel[, (view key, offset, view numel) or None])`.
-pub(super) fn storage_id<'p>(pickle: &'p Pickle<'_>, globals: &Globals, pid: NodeId) -> Result<StorageId<'p>> {
-    let bad = |what: &str| Err(Error::format(format!("persistent id: {what}")));
-    let Some([kind, class, key, device, numel, view @ ..]) = pickle.as_tuple(pid) else {
-        return bad("is no tuple of 5 or 6, as torch writes it");
-    };
-    if pickle.as_str(*kind) != Some("storage") || view.len() > 1 {
-        return bad("names something else than a storage");
-    }
-    let (Some(key), Some(device)) = (pickle.as_str(*key), pickle.as_str(*device)) else {
-        return bad("key or location is no text");
-    };
-    if key.is_empty() || key.contains(['/', '\\']) || key.starts_with('.') {
-        return bad("key leaves the folder of the storages");
-    }
-    let dtype = *globals.storages.get(class).ok_or_else(|| {
-        let what = format!("storage class {} is not known", pickle.describe(*class));
-        Error::new(ErrorKind::Unsupported, what)
-    })?;
-    let numel = size(pickle, *numel, "storage size")?;
-    let first = match view.first().map(|view| (pickle.as_tuple(*view), pickle.get(*view))) {
-        None | Some((_, Value::None)) => 0,
-        Some((Some([_, offset, view_numel]), _)) => {
-            let (first, count) = (size(pickle, *offset, "view offset")?, size(pickle, *view_numel, "view size")?);
-            if first.checked_add(count).is_none_or(|end| end > numel) {
-                return bad("view is larger than its storage");
-            }
-            first
-        }
-        Some(_) => return bad("view is no tuple of 3"),
-    };
-    Ok(StorageId { key, dtype, device, numel, first })
-}
-
-fn size(pickle: &Pickle<'_>, id: NodeId, what: &str) -> Result<u64> {
-    let value = pickle.as_i64(id).and_then(|value| u64::try_from(value).ok());
-    value.ok_or_else(|| Error::format(format!("{what} is {}, wanted a number from 0", pickle.describe(id))))
 }
 
 /// A tuple of sizes; `torch.Size` calls hold it as their one argument.

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 
 use reweft_pickle::{Pickle, Value};
 
-use super::rebuild::{Globals, Places, Saved, storage_id};
+use super::persistent::{names_storage, storage_id};
+use super::rebuild::{Globals, Places, Saved};
 use super::torch_zip::read_object;
 use super::{Format, OpenOptions, Read};
 use crate::dtype::Dtype;
@@ -149,7 +150,7 @@ fn find_storages(
     let mut dtypes: HashMap<&str, Option<Dtype>> = HashMap::new();
     for (_, value) in object.nodes() {
         if let Value::Persistent(pid) = value
-            && is_storage(object, *pid)
+            && names_storage(object, *pid)
         {
             let id = storage_id(object, &globals, *pid)?;
             dtypes.insert(id.key, id.dtype);
@@ -178,9 +179,4 @@ fn find_storages(
         Some(0) => Ok(places),
         left => Err(Error::format(format!("{} bytes stand behind the last storage", left.unwrap_or(0))).at(at)),
     }
-}
-
-/// Persistent ids of modules stand beside those of storages in files that hold a whole module.
-fn is_storage(object: &Pickle<'_>, pid: reweft_pickle::NodeId) -> bool {
-    object.as_tuple(pid).and_then(|parts| object.as_str(*parts.first()?)) == Some("storage")
 }

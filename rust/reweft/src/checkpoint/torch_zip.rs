@@ -64,7 +64,7 @@ pub(super) fn read_object(saved: Saved<'_>, options: &OpenOptions) -> Result<Rea
     let mut rebuild = Rebuild::new(saved);
     let flat = flatten(pickle, &mut rebuild, options)?;
     let unknown_globals = rebuild.unknown_globals();
-    let notices = rebuild.notices;
+    let notices = rebuild.take_notices();
     let contents = Contents { values: flat.values, unknown_globals, notices, ..Contents::default() };
     Ok(Read { format, items: flat.items, storages: rebuild.storages, contents })
 }

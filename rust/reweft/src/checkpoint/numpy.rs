@@ -5,10 +5,10 @@
 
 use std::borrow::Cow;
 
-use half::{bf16, f16};
 use reweft_pickle::{NodeId, Object, Pickle, Value};
 
 use super::rebuild::sizes;
+use crate::convert;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{contiguous, numel};
@@ -378,8 +378,10 @@ pub(crate) fn number(dtype: Dtype, big_endian: bool, bytes: &[u8]) -> Option<Num
             wide.get_mut(..native.len())?.copy_from_slice(native);
             Number::Int(i128::from_le_bytes(wide))
         }
-        Dtype::F16 => Number::Float(f16::from_le_bytes((&*native).try_into().ok()?).to_f64()),
-        Dtype::BF16 => Number::Float(bf16::from_le_bytes((&*native).try_into().ok()?).to_f64()),
+        Dtype::F16 | Dtype::BF16 => {
+            let wide = convert::cast(native, dtype, Dtype::F64).ok()?;
+            Number::Float(f64::from_le_bytes(wide.try_into().ok()?))
+        }
         Dtype::F32 => Number::Float(f32::from_le_bytes((&*native).try_into().ok()?).into()),
         Dtype::F64 => Number::Float(f64::from_le_bytes((&*native).try_into().ok()?)),
         Dtype::C64 | Dtype::C128 => {

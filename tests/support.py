@@ -66,6 +66,8 @@ def save_state(module: nn.Module, path: Path) -> Path:
 def raw(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor in row-major order."""
     held = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # One element counts as contiguous whatever its stride, which a view as bytes minds.
+    held = held.as_strided((held.numel(),), (1,))
     return held.view(torch.uint8).numpy().tobytes() if held.numel() else b""
 
 

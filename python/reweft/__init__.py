@@ -20,7 +20,7 @@ from reweft.errors import (
     UnsupportedError,
     UsageError,
 )
-from reweft.keymap import KeyMap
+from reweft.keymap import KeyMap, KeyReport
 from reweft.refitting import (
     ConvertReport,
     Finding,
@@ -41,6 +41,7 @@ __all__ = [
     "IoError",
     "KeyCollisionError",
     "KeyMap",
+    "KeyReport",
     "LimitError",
     "MismatchError",
     "NotFoundError",

@@ -11,6 +11,7 @@ import numpy as np
 
 from reweft import _core
 from reweft.errors import UnsupportedError
+from reweft.keymap import KeyReport
 
 if TYPE_CHECKING:
     import os
@@ -126,12 +127,30 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """What a careful reader should know: records without a CRC, rules that matched nothing."""
         return self._core.notices()
 
+    @property
+    def key_report(self) -> KeyReport | None:
+        """What the last key map did; None if there was none."""
+        text = self._core.mapped()
+        return None if text is None else KeyReport._parse(text)  # noqa: SLF001  (one package)
+
+    def cast(self, dtype: str) -> Checkpoint:
+        """Float tensors in another float dtype, rounded to nearest even; a notice names those that are not float.
+
+        Reads nothing: elements are converted whenever they are read.
+
+        Raises:
+            UsageError: `dtype` is no float dtype.
+        """
+        return Checkpoint(self._core.cast(dtype))
+
     def rekey(self, keys: KeyMap) -> Checkpoint:
-        """The same checkpoint under other names. Reads nothing.
+        """The same checkpoint under other names, and with what the key map makes of its tensors. Reads nothing.
 
         Raises:
             KeyCollisionError: Two keys get one name.
-            NotFoundError: A selection matches no key.
+            NotFoundError: A selection matches no key, or a join lacks a part.
+            UsageError: An operation does not fit its tensor, or the key map names a top-level key with which the
+                checkpoint was not opened.
         """
         return Checkpoint(self._core.rekey(keys._core))  # noqa: SLF001  (one package)
 

@@ -284,8 +284,6 @@ class Holder:
 
 
 UNREADABLE: dict[str, Callable[[], object]] = {
-    "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
-    "negative": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
     "dtype_newer_than_the_table": lambda: torch.zeros(3, dtype=torch.bcomplex32),
     "meta": lambda: torch.empty(3, device="meta"),
     "named_tuple": lambda: Pair(torch.randn(1), torch.randn(1)),

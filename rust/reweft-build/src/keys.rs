@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use reweft::{Checkpoint, ErrorKind, KeyMap, Limits, OpenOptions, Result, Rule};
+use reweft::{Checkpoint, KeyMap, Limits, OpenOptions, Result, Rule};
 
 /// A checkpoint, and the selection and rules for its keys.
 #[derive(Clone, Debug)]
@@ -13,17 +13,18 @@ pub struct Keys {
     pub top_level_key: Option<String>,
     pub select: Vec<String>,
     pub rules: Vec<(String, String)>,
+    pub file: Option<PathBuf>,
     pub limits: Limits,
 }
 
 impl Keys {
     pub fn new(path: PathBuf) -> Self {
-        Self { path, top_level_key: None, select: Vec::new(), rules: Vec::new(), limits: Limits::default() }
+        Self { path, top_level_key: None, select: Vec::new(), rules: Vec::new(), file: None, limits: Limits::default() }
     }
 
-    /// Opens the checkpoint at its resolved `path`.
-    pub fn open(&self, path: &Path) -> Result<Checkpoint> {
-        let mut keys = KeyMap::new();
+    /// Opens the checkpoint at its resolved `path`, with the key map at its own.
+    pub fn open(&self, path: &Path, file: Option<&Path>) -> Result<Checkpoint> {
+        let mut keys = file.map(KeyMap::open).transpose()?.unwrap_or_default();
         for pattern in &self.select {
             keys = keys.select(pattern)?;
         }
@@ -31,13 +32,10 @@ impl Keys {
             keys = keys.rule(Rule::new(pattern, replacement)?);
         }
         let options = OpenOptions {
-            top_level_key: self.top_level_key.clone(),
+            top_level_key: self.top_level_key.clone().or_else(|| keys.top_level_key().map(str::to_owned)),
             limits: self.limits.clone(),
             ..OpenOptions::default()
         };
-        Checkpoint::open(path, &options)?.rekey(&keys).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => error.with_hint("a selection sees the checkpoint's keys, before any remap"),
-            _ => error,
-        })
+        Checkpoint::open(path, &options)?.rekey(&keys)
     }
 }

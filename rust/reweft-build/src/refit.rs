@@ -62,6 +62,13 @@ impl Refit {
         self
     }
 
+    /// Takes a key map from a TOML file, relative to `CARGO_MANIFEST_DIR`, which cargo then watches too: see
+    /// [`reweft::KeyMap::from_toml`]. Its rules come before those of [`remap`](Self::remap).
+    pub fn keys(mut self, file: impl Into<PathBuf>) -> Self {
+        self.keys.file = Some(file.into());
+        self
+    }
+
     /// Says which differences between package and checkpoint are meant. The default is none.
     pub fn allow(mut self, allow: Allow) -> Self {
         self.allow = allow;
@@ -109,8 +116,9 @@ impl Refit {
         let mut script = self.target.script(name, said)?;
         // Both are watched before one can fail, so that mending either is seen.
         let (package, path) = (script.watch(&self.package)?, script.watch(&self.keys.path)?);
+        let file = self.keys.file.as_deref().map(|file| script.watch(file)).transpose()?;
         let artifact = Artifact::open(&package, Access::Read, &self.keys.limits)?;
-        let checkpoint = self.keys.open(&path)?;
+        let checkpoint = self.keys.open(&path, file.as_deref())?;
         let plan = plan(&artifact, &checkpoint, self.allow)?;
         // Findings that do not block were allowed by name, or change nothing; only the checkpoint's notices are news.
         script.warn(checkpoint.notices())?;

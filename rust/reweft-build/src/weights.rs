@@ -59,6 +59,13 @@ impl Weights {
         self
     }
 
+    /// Takes a key map from a TOML file, relative to `CARGO_MANIFEST_DIR`, which cargo then watches too: see
+    /// [`reweft::KeyMap::from_toml`]. Its rules come before those of [`remap`](Self::remap).
+    pub fn keys(mut self, file: impl Into<PathBuf>) -> Self {
+        self.keys.file = Some(file.into());
+        self
+    }
+
     /// Says what to do with tensors that share bytes, which safetensors cannot say. The default is an error.
     pub fn shared(mut self, shared: Shared) -> Self {
         self.shared = shared;
@@ -106,7 +113,8 @@ impl Weights {
     fn convert_saying(&self, name: &str, said: &mut dyn Write) -> Result<PathBuf> {
         let mut script = self.target.script(name, said)?;
         let path = script.watch(&self.keys.path)?;
-        let checkpoint = self.keys.open(&path)?;
+        let file = self.keys.file.as_deref().map(|file| script.watch(file)).transpose()?;
+        let checkpoint = self.keys.open(&path, file.as_deref())?;
         script.warn(checkpoint.notices())?;
         let format = ConvertOptions::default().format_of(name.as_ref())?;
         let options = ConvertOptions { format: Some(format), shared: self.shared, ..ConvertOptions::default() };

@@ -139,27 +139,57 @@ pub struct Keys {
     /// Dotted path of the dict that holds the weights, for example `model_state_dict`.
     #[arg(long, value_name = "KEY")]
     pub top_level_key: Option<String>,
-    /// Rename keys; Rust regex syntax, `$1` for groups. Repeatable; applied in order, each to the result before.
-    #[arg(long, value_name = "REGEX=REPLACEMENT")]
-    pub remap: Vec<String>,
+    /// A key map as TOML: selection, renaming, and operations on tensors such as permute, cast, split and concat. Its
+    /// rules come before those of the other options.
+    #[arg(long = "keys", value_name = "FILE")]
+    pub from_file: Option<PathBuf>,
     /// Keep only keys that match, before renaming. Repeatable; a key must match one of them.
     #[arg(long, value_name = "REGEX")]
     pub select: Vec<String>,
+    /// Keep this key, and what else is selected. Repeatable.
+    #[arg(long, value_name = "KEY")]
+    pub select_key: Vec<String>,
+    /// Drop keys that match, before renaming. Repeatable.
+    #[arg(long, value_name = "REGEX")]
+    pub drop: Vec<String>,
+    /// Drop this key. Repeatable.
+    #[arg(long, value_name = "KEY")]
+    pub drop_key: Vec<String>,
+    /// Take literal text off the front of keys that begin with it, before any --remap. Repeatable.
+    #[arg(long, value_name = "TEXT")]
+    pub strip_prefix: Vec<String>,
+    /// Rename keys; Rust regex syntax, `$1` for groups. Repeatable; applied in order, each to the result before.
+    #[arg(long, value_name = "REGEX=REPLACEMENT")]
+    pub remap: Vec<String>,
+    /// Put literal text before every key, after all else.
+    #[arg(long, value_name = "TEXT")]
+    pub add_prefix: Option<String>,
 }
 
 impl Keys {
     /// Opens a checkpoint and applies selection and rules.
     pub fn open(&self, path: &std::path::Path) -> reweft::Result<Checkpoint> {
-        let mut keys = KeyMap::new();
+        let keys = self.key_map()?;
+        let top_level_key = self.top_level_key.clone().or_else(|| keys.top_level_key().map(str::to_owned));
+        let checkpoint = Checkpoint::open(path, &OpenOptions { top_level_key, ..OpenOptions::default() })?;
+        if keys.is_identity() { Ok(checkpoint) } else { checkpoint.rekey(&keys) }
+    }
+
+    fn key_map(&self) -> reweft::Result<KeyMap> {
+        let mut keys = self.from_file.as_deref().map(KeyMap::open).transpose()?.unwrap_or_default();
         for pattern in &self.select {
             keys = keys.select(pattern)?;
         }
+        for pattern in &self.drop {
+            keys = keys.drop(pattern)?;
+        }
+        keys = self.select_key.iter().fold(keys, |keys, key| keys.select_key(key));
+        keys = self.drop_key.iter().fold(keys, |keys, key| keys.drop_key(key));
+        keys = self.strip_prefix.iter().fold(keys, |keys, prefix| keys.rule(Rule::strip_prefix(prefix)));
         for rule in &self.remap {
             keys = keys.rule(Rule::parse(rule)?);
         }
-        let options = OpenOptions { top_level_key: self.top_level_key.clone(), ..OpenOptions::default() };
-        let checkpoint = Checkpoint::open(path, &options)?;
-        if keys.is_identity() { Ok(checkpoint) } else { checkpoint.rekey(&keys) }
+        Ok(self.add_prefix.iter().fold(keys, |keys, prefix| keys.rule(Rule::add_prefix(prefix))))
     }
 }
 

@@ -5,6 +5,7 @@ use std::io::Write;
 
 use reweft::artifact::{self, Slot, Unrefittable};
 use reweft::checkpoint::Value;
+use reweft::keymap::Mapped;
 use reweft::source::{self, Access};
 use reweft::tensor::Layout;
 use reweft::{Artifact, Checkpoint, Limits};
@@ -40,6 +41,8 @@ struct CheckpointView<'a> {
     values: &'a [Value],
     unknown_globals: &'a [String],
     metadata: HashMap<&'a String, &'a String>,
+    /// What the key map did, if there is one.
+    mapped: Option<&'a Mapped>,
     notices: &'a [String],
 }
 
@@ -64,7 +67,7 @@ impl<'a> CheckpointView<'a> {
                 contiguous: info.is_contiguous(),
                 storage: info.storage,
                 storage_offset: info.storage_offset,
-                device: &checkpoint.storage_of(info).device,
+                device: checkpoint.storage_of(info).map_or("", |storage| &*storage.device),
             })
             .collect();
         let mut users: Vec<Vec<&str>> = vec![Vec::new(); checkpoint.storages().len()];
@@ -83,6 +86,7 @@ impl<'a> CheckpointView<'a> {
             values: checkpoint.values(),
             unknown_globals: checkpoint.unknown_globals(),
             metadata: checkpoint.metadata().into_iter().flatten().collect(),
+            mapped: checkpoint.mapped(),
             notices: checkpoint.notices(),
         }
     }
@@ -121,10 +125,27 @@ fn show_checkpoint(checkpoint: &Checkpoint, json: bool, out: &mut dyn Write) -> 
     for (name, value) in checkpoint.metadata().into_iter().flatten() {
         writeln!(out, "metadata: {name} = {value:?}")?;
     }
+    if let Some(mapped) = view.mapped {
+        show_mapped(mapped, out)?;
+    }
     output::notices(view.notices);
     let nbytes: u64 = view.tensors.iter().map(|tensor| tensor.layout.nbytes).sum();
     let (count, held) = (view.tensors.len(), output::bytes(view.storage_nbytes));
     writeln!(out, "{}: {count} tensors, {} bytes, in storages of {held} bytes", view.format, output::bytes(nbytes))?;
+    Ok(())
+}
+
+/// What a key map did: each rule, what operations made, what was dropped. New names are in the table already.
+fn show_mapped(mapped: &Mapped, out: &mut dyn Write) -> anyhow::Result<()> {
+    for (rule, count) in &mapped.rules {
+        writeln!(out, "rule: {rule}: {count} names")?;
+    }
+    for (name, recipe) in mapped.made() {
+        writeln!(out, "made: {name}: {recipe}")?;
+    }
+    for key in &mapped.dropped {
+        writeln!(out, "dropped: {key}")?;
+    }
     Ok(())
 }
 

@@ -82,7 +82,7 @@ fn see(checkpoint: &Result<Checkpoint, String>) -> Result<Seen, String> {
     facts.extend(checkpoint.unreadable().map(|(key, why)| format!("{key:?} {why}")));
     facts.extend(checkpoint.storages().iter().map(|storage| {
         let (swapped, nbytes) = (storage.is_swapped(), storage.nbytes);
-        format!("{:?} {:?} {:?} {nbytes} {swapped}", storage.name, storage.dtype, storage.device)
+        format!("{:?} {:?} {:?} {nbytes} {swapped}", storage.name(), storage.dtype, storage.device)
     }));
     let tensors: Vec<_> = checkpoint.tensors().map(|(key, info)| (key.to_owned(), info.clone())).collect();
     assert_eq!(checkpoint.len(), tensors.len() + checkpoint.unreadable().count());
@@ -93,7 +93,7 @@ fn see(checkpoint: &Result<Checkpoint, String>) -> Result<Seen, String> {
 fn read(checkpoint: &Checkpoint) -> Vec<(String, Result<Vec<u8>, String>)> {
     let (mut left, mut read) = (READ_NBYTES, Vec::new());
     for (key, info) in checkpoint.tensors() {
-        let (nbytes, held) = (info.nbytes(), checkpoint.storage_of(info).nbytes);
+        let (nbytes, held) = (info.nbytes(), checkpoint.storage_of(info).map_or(0, |storage| storage.nbytes));
         let cost = held.saturating_add(nbytes.min(1 << 20)).saturating_add(64);
         let Some(rest) = left.checked_sub(cost) else { continue };
         left = rest;
@@ -111,10 +111,10 @@ fn read(checkpoint: &Checkpoint) -> Vec<(String, Result<Vec<u8>, String>)> {
 /// Compares small tensors with what their strides say, element by element.
 fn plain_indexing(checkpoint: &Checkpoint) {
     for (key, info) in checkpoint.tensors() {
-        let storage = checkpoint.storage_of(info);
+        let storage = checkpoint.storage_of(info).unwrap();
         let small = info.numel() <= INDEXED_NUMEL && storage.nbytes <= READ_NBYTES;
         let (Some(itemsize), true) = (info.dtype.itemsize(), small) else { continue };
-        let (Ok(bytes), Ok((source, start))) = (checkpoint.read(key), storage.locate()) else { continue };
+        let (Ok(bytes), Ok(Some((source, start)))) = (checkpoint.read(key), storage.locate()) else { continue };
         let Ok(held) = source::read_vec(&**source, start, storage.nbytes) else { continue };
         let itemsize = usize::try_from(itemsize).unwrap();
         let unit = if storage.is_swapped() { info.dtype.swap_unit() } else { 1 };

@@ -31,7 +31,7 @@ impl Buffer {
         storage: usize,
         range: std::ops::Range<usize>,
     ) -> reweft::Result<Option<Self>> {
-        let held = checkpoint.storages().get(storage).map_or(Ok(None), reweft::checkpoint::Storage::as_slice)?;
+        let held = checkpoint.storages().get(storage)?.as_slice()?;
         let fits = held.is_some_and(|bytes| bytes.get(range.clone()).is_some());
         Ok(fits.then(|| Self(Bytes::Storage(Arc::clone(checkpoint), storage, range))))
     }
@@ -40,7 +40,7 @@ impl Buffer {
         match &self.0 {
             Bytes::Owned(bytes) => bytes,
             Bytes::Storage(checkpoint, storage, range) => {
-                let bytes = checkpoint.storages().get(*storage).map_or(Ok(None), reweft::checkpoint::Storage::as_slice);
+                let bytes = checkpoint.storages().get(*storage).and_then(reweft::checkpoint::Storage::as_slice);
                 bytes.ok().flatten().and_then(|bytes| bytes.get(range.clone())).unwrap_or_default()
             }
         }

@@ -5,37 +5,56 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use reweft::source::{Access, Source};
-use reweft::{Dtype, OpenOptions, Rule};
+use reweft::{Dtype, OpenOptions};
 
 use crate::buffer::{Borrowed, Buffer};
 use crate::error::Result;
 
-/// An ordered list of rules and a selection; see `reweft.KeyMap`.
+/// A selection and ordered rules; see `reweft.KeyMap`.
 #[pyclass(frozen, module = "reweft._core")]
 pub struct KeyMap(pub reweft::KeyMap);
 
-/// Pairs of key and name, keys that were dropped, patterns that matched nothing.
-type Mapped = (Vec<(String, String)>, Vec<String>, Vec<String>);
-
 #[pymethods]
 impl KeyMap {
+    /// Takes JSON with the fields of a key map file.
     #[new]
-    fn new(rules: Vec<(String, String)>, select: Vec<String>) -> Result<Self> {
-        let mut keys = reweft::KeyMap::new();
-        for pattern in &select {
-            keys = keys.select(pattern)?;
-        }
-        for (pattern, replacement) in &rules {
-            keys = keys.rule(Rule::new(pattern, replacement)?);
-        }
-        Ok(Self(keys))
+    fn new(json: &str) -> Result<Self> {
+        Ok(Self(reweft::KeyMap::from_json(json)?))
     }
 
-    /// Name by key, keys that were dropped, and rules that matched nothing.
-    fn apply(&self, keys: Vec<String>) -> Result<Mapped> {
-        let mapped = self.0.apply(keys.iter().map(String::as_str))?;
-        Ok((mapped.names.into_iter().collect(), mapped.dropped, mapped.idle_rules))
+    #[staticmethod]
+    fn from_toml(text: &str) -> Result<Self> {
+        Ok(Self(reweft::KeyMap::from_toml(text)?))
     }
+
+    #[staticmethod]
+    fn open(path: PathBuf) -> Result<Self> {
+        Ok(Self(reweft::KeyMap::open(&path)?))
+    }
+
+    #[getter]
+    fn top_level_key(&self) -> Option<&str> {
+        self.0.top_level_key()
+    }
+
+    /// What the key map makes of keys, as JSON.
+    fn apply(&self, keys: Vec<String>) -> Result<String> {
+        report(&self.0.apply(keys.iter().map(String::as_str))?)
+    }
+}
+
+/// The report with every recipe also as text, which has one writer.
+#[derive(serde::Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    mapped: &'a reweft::keymap::Mapped,
+    recipes: serde_json::Map<String, serde_json::Value>,
+}
+
+fn report(mapped: &reweft::keymap::Mapped) -> Result<String> {
+    let recipes = mapped.tensors.iter().map(|(name, recipe)| (name.clone(), recipe.to_string().into()));
+    let text = serde_json::to_string(&Report { mapped, recipes: recipes.collect() });
+    Ok(text.map_err(|error| reweft::Error::new(reweft::ErrorKind::Usage, error.to_string()))?)
 }
 
 /// What is known of a tensor without its bytes.
@@ -84,6 +103,8 @@ impl Checkpoint {
         mmap: bool,
     ) -> Result<Self> {
         let access = if mmap { Access::Map } else { Access::Read };
+        let named = || keys.and_then(|keys| keys.0.top_level_key()).map(str::to_owned);
+        let top_level_key = top_level_key.or_else(named);
         let options = OpenOptions { access, top_level_key, ..OpenOptions::default() };
         py.detach(|| {
             let checkpoint = reweft::Checkpoint::open(&path, &options)?;
@@ -105,6 +126,14 @@ impl Checkpoint {
 
     fn rekey(&self, keys: &KeyMap) -> Result<Self> {
         Ok(Self(Arc::new(self.0.rekey(&keys.0)?)))
+    }
+
+    /// Float tensors in another dtype.
+    fn cast(&self, dtype: &str) -> Result<Self> {
+        let Some(to) = Dtype::from_name(dtype) else {
+            return Err(reweft::Error::new(reweft::ErrorKind::Usage, format!("no dtype {dtype:?}")).into());
+        };
+        Ok(Self(Arc::new(self.0.cast(to)?)))
     }
 
     #[getter]
@@ -141,7 +170,7 @@ impl Checkpoint {
     /// The bytes that a tensor's elements lie in, without a copy, or None where they must be read.
     fn view(&self, py: Python<'_>, key: &str) -> Result<Option<Buffer>> {
         let info = self.0.get(key)?;
-        let (start, nbytes) = info.window(self.0.storage_of(info).nbytes)?;
+        let (start, nbytes) = info.window(self.0.storage_of(info)?.nbytes)?;
         let start = reweft::source::to_usize(start)?;
         let end = start + reweft::source::to_usize(nbytes)?;
         Ok(py.detach(|| Buffer::of_storage(&self.0, info.storage, start..end))?)
@@ -161,6 +190,11 @@ impl Checkpoint {
 
     fn metadata(&self) -> Vec<(String, String)> {
         self.0.metadata().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    /// What the last key map did, as JSON.
+    fn mapped(&self) -> Result<Option<String>> {
+        self.0.mapped().map(report).transpose()
     }
 
     fn notices(&self) -> Vec<String> {

@@ -435,12 +435,12 @@ fn shared_bytes(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>) -> Resu
         return Ok(None);
     };
     let info = checkpoint.get(key)?;
-    let storage = checkpoint.storage_of(info);
     let in_place = |error: Error| error.of_key(key).in_file(checkpoint.path());
+    let storage = checkpoint.storage_of(info).map_err(in_place)?;
     if storage.as_slice().map_err(in_place)?.is_none() {
         return Ok(None);
     }
-    let (source, start) = storage.locate().map_err(in_place)?;
+    let Some((source, start)) = storage.locate().map_err(in_place)? else { return Ok(None) };
     let (first, _) = info.window(storage.nbytes)?;
     let bytes = SlotBytes::Shared(Arc::clone(source), start + first);
     Ok(is_aligned(&bytes, slot)?.then_some(bytes))

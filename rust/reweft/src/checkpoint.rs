@@ -4,7 +4,9 @@
 //! between, from a [`TensorInfo`] to bytes, is here and the same for all.
 
 mod arrays;
+mod derive;
 mod flatten;
+mod made;
 mod module;
 pub(crate) mod numpy;
 mod parts;
@@ -12,6 +14,7 @@ mod persistent;
 mod rebuild;
 mod safetensors;
 mod storage;
+mod storages;
 mod torch_legacy;
 mod torch_tar;
 mod torch_zip;
@@ -24,14 +27,18 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 
 use crate::container::{tar, zip::Archive};
-use crate::convert;
+use crate::convert::can_cast;
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::keymap::KeyMap;
+use crate::keymap::{KeyMap, Mapped};
 use crate::limits::Limits;
+use crate::recipe::{Recipe, Step};
 use crate::source::{self, Access, ReadAt, Source};
-use crate::tensor::{TensorInfo, contiguous, same_layout};
+use crate::tensor::{TensorInfo, contiguous};
+use derive::{Derive, Derived};
 pub use flatten::Value;
 pub use storage::Storage;
+pub use storages::Storages;
 
 /// How a checkpoint is opened.
 #[derive(Clone, Debug, Default)]
@@ -89,11 +96,15 @@ enum Item {
 pub struct Checkpoint {
     path: PathBuf,
     format: Format,
-    items: IndexMap<String, Item>,
-    storages: Arc<Vec<Storage>>,
+    items: Items,
+    storages: Storages,
     contents: Arc<Contents>,
-    max_repeated_nbytes: u64,
+    top_level_key: Option<String>,
+    mapped: Option<Arc<Mapped>>,
 }
+
+/// What a checkpoint's keys lead to. The hasher is seeded at random, so that nobody can choose keys that collide.
+type Items = IndexMap<String, Item, foldhash::quality::RandomState>;
 
 /// What a file holds beside its tensors.
 #[derive(Clone, Debug, Default)]
@@ -149,9 +160,15 @@ impl Checkpoint {
             return Err(not_a_checkpoint(&*source));
         };
         let Read { format, items, storages, contents } = read;
-        let max_repeated_nbytes = options.limits.max_repeated_nbytes;
-        let (storages, contents) = (Arc::new(storages), Arc::new(contents));
-        Ok(Self { path: name.to_owned(), format, items, storages, contents, max_repeated_nbytes })
+        Ok(Self {
+            path: name.to_owned(),
+            format,
+            items,
+            storages: Storages::new(storages, options.limits.max_repeated_nbytes),
+            contents: Arc::new(contents),
+            top_level_key: options.top_level_key.clone(),
+            mapped: None,
+        })
     }
 
     /// Makes a checkpoint of tensors in memory, so that they pass the same checks as a file's.
@@ -164,8 +181,9 @@ impl Checkpoint {
         storages: Vec<Source>,
         tensors: impl IntoIterator<Item = (String, TensorInfo)>,
     ) -> Result<Self> {
-        let storages: Vec<Storage> = storages.into_iter().enumerate().map(Storage::from_memory).collect();
-        let mut items = IndexMap::new();
+        let numbered = storages.into_iter().enumerate();
+        let storages: Vec<Storage> = numbered.map(|(number, source)| Storage::memory(source, number)).collect();
+        let mut items = Items::default();
         for (key, info) in tensors {
             let Some(storage) = storages.get(info.storage) else {
                 return Err(Error::new(ErrorKind::Usage, format!("no storage {}", info.storage)).of_key(key));
@@ -179,23 +197,108 @@ impl Checkpoint {
             path: name.to_owned(),
             format: Format::Memory,
             items,
-            storages: Arc::new(storages),
+            storages: Storages::new(storages, Limits::default().max_repeated_nbytes),
             contents: Arc::default(),
-            max_repeated_nbytes: Limits::default().max_repeated_nbytes,
+            top_level_key: None,
+            mapped: None,
         })
     }
 
-    /// Selects and renames keys; the bytes stay where they are. Costs nothing but the keys.
+    /// Selects, renames and remakes tensors as a key map says; [`mapped`](Self::mapped) then tells what it did.
+    ///
+    /// Costs the keys alone: permuted, cut or reshaped tensors are views of the same bytes, and what must be computed
+    /// (casts, joins) is computed whenever it is read, and not kept.
     ///
     /// # Errors
-    /// [`ErrorKind::KeyCollision`] if two keys get one name, [`ErrorKind::NotFound`] if a pattern matched no key.
+    /// [`ErrorKind::KeyCollision`] if two keys get one name, [`ErrorKind::NotFound`] if a selection matched no key,
+    /// [`ErrorKind::Usage`] for an operation that does not fit its tensor, or if the key map names a top-level key
+    /// and this checkpoint was opened without it.
     pub fn rekey(&self, keys: &KeyMap) -> Result<Self> {
-        let mapped = keys.apply(self.items.keys().map(String::as_str)).map_err(|error| error.in_file(&self.path))?;
-        let names = mapped.names.into_iter();
-        let items = names.filter_map(|(key, name)| Some((name, self.items.get(&key)?.clone()))).collect();
+        self.map_keys(keys).map_err(|error| error.in_file(&self.path))
+    }
+
+    fn map_keys(&self, keys: &KeyMap) -> Result<Self> {
+        if let Some(key) = keys.top_level_key()
+            && self.top_level_key.as_deref() != Some(key)
+        {
+            let what = "the key map names this top-level key, the checkpoint was opened without it";
+            return Err(Error::new(ErrorKind::Usage, what).of_key(key).with_hint("open the checkpoint with it"));
+        }
+        let mapped = keys.apply(self.keys())?;
+        let mut derive = Derive::new(self.storages.clone());
+        let mut items =
+            Items::with_capacity_and_hasher(mapped.tensors.len(), foldhash::quality::RandomState::default());
+        for (name, recipe) in &mapped.tensors {
+            let item = match recipe.plain_key() {
+                Some(key) => self.item(key)?.clone(),
+                None => self.derive_item(&mut derive, name, recipe)?,
+            };
+            items.insert(name.clone(), item);
+        }
         let mut contents = (*self.contents).clone();
         contents.notices.extend(mapped.idle_rules.iter().map(|rule| format!("rule {rule:?} matched no key")));
-        Ok(Self { items, contents: Arc::new(contents), ..self.clone() })
+        let (storages, mapped) = (derive.storages.seal(), Some(Arc::new(mapped)));
+        Ok(Self { items, storages, contents: Arc::new(contents), mapped, ..self.clone() })
+    }
+
+    /// A tensor that a recipe makes, or the reason why one of its keys cannot be read.
+    fn derive_item(&self, derive: &mut Derive, name: &str, recipe: &Recipe) -> Result<Item> {
+        for key in recipe.keys() {
+            if let Item::Unreadable(why) = self.item(key)? {
+                return Ok(Item::Unreadable(format!("it is made of {key:?}, and {why}")));
+            }
+        }
+        let Derived { info, .. } = derive
+            .follow(recipe, |key| self.get(key).cloned())
+            .map_err(|error| error.of_key(name).with_hint(format!("its recipe is: {recipe}")))?;
+        info.window(derive.storages.get(info.storage)?.nbytes).map_err(|error| error.of_key(name))?;
+        Ok(Item::Tensor(info))
+    }
+
+    /// Converts float tensors to another float dtype, rounding to nearest even; others stay, and a notice names them.
+    ///
+    /// Reads nothing: the elements are converted whenever they are read, and tensors that were tied stay so.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if `to` is no float dtype.
+    pub fn cast(&self, to: Dtype) -> Result<Self> {
+        if !can_cast(Dtype::F32, to) {
+            return Err(Error::new(ErrorKind::Usage, format!("{to} is no float dtype, so nothing is cast to it")));
+        }
+        let mut derive = Derive::new(self.storages.clone());
+        let (mut items, mut left) = (self.items.clone(), Vec::new());
+        for (key, item) in &mut items {
+            let Item::Tensor(info) = item else { continue };
+            if can_cast(info.dtype, to) {
+                let step = Step::Cast { from: None, to: to.name() };
+                *info = derive.change(&step, info.clone()).map_err(|error| error.of_key(key).in_file(&self.path))?;
+            } else {
+                left.push(format!("{key} ({})", info.dtype));
+            }
+        }
+        let mut contents = (*self.contents).clone();
+        if !left.is_empty() {
+            contents.notices.push(format!("not float, so not cast to {to}: {}", left.join(", ")));
+        }
+        Ok(Self { items, storages: derive.storages.seal(), contents: Arc::new(contents), ..self.clone() })
+    }
+
+    /// What the last key map did, if one was applied.
+    pub fn mapped(&self) -> Option<&Mapped> {
+        self.mapped.as_deref()
+    }
+
+    /// Makes the bytes of a recipe over this checkpoint's keys.
+    pub(crate) fn evaluate_into(&self, recipe: &Recipe, out: &mut [u8]) -> Result<()> {
+        let mut derive = Derive::new(self.storages.clone());
+        let Derived { info, strides } = derive.follow(recipe, |key| self.get(key).cloned())?;
+        let strides = strides.as_ref().unwrap_or(&info.strides);
+        let key = recipe.keys().next().unwrap_or_default();
+        derive.storages.gather(&info, strides, out).map_err(|error| error.of_key(key).in_file(&self.path))
+    }
+
+    fn item(&self, key: &str) -> Result<&Item> {
+        self.items.get(key).ok_or_else(|| Error::new(ErrorKind::NotFound, "the checkpoint has no such key").of_key(key))
     }
 
     /// The file, or the name given for what is in memory.
@@ -271,15 +374,15 @@ impl Checkpoint {
         self.items.contains_key(key)
     }
 
-    /// The storages that tensors point into by number; a key map does not renumber them.
-    pub fn storages(&self) -> &[Storage] {
+    /// The storages that tensors point into by number; a key map does not renumber them, and may add some.
+    pub fn storages(&self) -> &Storages {
         &self.storages
     }
 
     /// The open files that the storages lie in, each once; none for what is in memory.
     pub fn files(&self) -> impl Iterator<Item = &File> {
         let mut seen = HashSet::new();
-        let files = self.storages.iter().filter_map(|storage| storage.source().file());
+        let files = self.storages.iter().filter_map(|storage| storage.source()?.file());
         files.filter(move |file| seen.insert(std::ptr::from_ref(*file)))
     }
 
@@ -312,71 +415,35 @@ impl Checkpoint {
     pub fn read(&self, key: &str) -> Result<Vec<u8>> {
         let info = self.get(key)?;
         let in_place = |error: Error| error.of_key(key).in_file(&self.path);
-        self.check_repeats(info).map_err(in_place)?;
+        self.storages.check_repeats(info).map_err(in_place)?;
         let mut bytes = vec![0; source::to_usize(info.nbytes()).map_err(in_place)?];
         self.read_into(key, &contiguous(&info.shape), &mut bytes)?;
         Ok(bytes)
     }
 
     /// Reads a tensor in a dense layout of the caller's choice, strides in elements. Allocates only where the layout
-    /// is another than the file's.
+    /// is another than the file's, or the tensor is made of others.
     ///
     /// # Errors
     /// As [`read`](Self::read), and [`ErrorKind::Usage`] if `out` is not as long as the tensor.
     pub fn read_into(&self, key: &str, strides: &[u64], out: &mut [u8]) -> Result<()> {
         let info = self.get(key)?;
-        self.gather(info, strides, out).map_err(|error| error.of_key(key).in_file(&self.path))
-    }
-
-    fn gather(&self, info: &TensorInfo, strides: &[u64], out: &mut [u8]) -> Result<()> {
-        if out.len() as u64 != info.nbytes() {
-            let what = format!("tensor of {} bytes, room for {}", info.nbytes(), out.len());
-            return Err(Error::new(ErrorKind::Usage, what));
-        }
-        self.gather_raw(info, strides, out)?;
-        if self.storage_of(info).is_swapped() {
-            out.chunks_exact_mut(info.dtype.swap_unit().max(1)).for_each(<[u8]>::reverse);
-        }
-        Ok(())
-    }
-
-    fn gather_raw(&self, info: &TensorInfo, strides: &[u64], out: &mut [u8]) -> Result<()> {
-        let storage = self.storage_of(info);
-        let (byte_offset, nbytes) = info.window(storage.nbytes)?;
-        if same_layout(&info.shape, &info.strides, strides) {
-            return storage.read_into(byte_offset, out);
-        }
-        self.check_repeats(info)?;
-        let itemsize = source::to_usize(info.dtype.itemsize().unwrap_or(0))?;
-        if let Some(bytes) = storage.as_slice()? {
-            let window = source::slice(bytes, byte_offset, nbytes)?;
-            return convert::relayout(itemsize, &info.shape, window, &info.strides, out, strides);
-        }
-        let mut window = vec![0; source::to_usize(nbytes)?];
-        storage.read_into(byte_offset, &mut window)?;
-        convert::relayout(itemsize, &info.shape, &window, &info.strides, out, strides)
-    }
-
-    /// Refuses to write a small storage out very often, before anything is allocated.
-    fn check_repeats(&self, info: &TensorInfo) -> Result<()> {
-        let (limit, held) = (self.max_repeated_nbytes, self.storage_of(info).nbytes);
-        if info.nbytes() <= limit.max(held) {
-            return Ok(());
-        }
-        let what = format!("tensor repeats {held} bytes to {}; max_repeated_nbytes is {limit}", info.nbytes());
-        Err(Error::new(ErrorKind::Limit, what))
+        self.storages.gather(info, strides, out).map_err(|error| error.of_key(key).in_file(&self.path))
     }
 
     /// The storage of one of this checkpoint's tensors.
-    pub fn storage_of(&self, info: &TensorInfo) -> &Storage {
-        &self.storages[info.storage]
+    ///
+    /// # Errors
+    /// As [`Storages::get`].
+    pub fn storage_of(&self, info: &TensorInfo) -> Result<&Storage> {
+        self.storages.get(info.storage)
     }
 }
 
 /// What a reader hands over.
 struct Read {
     format: Format,
-    items: IndexMap<String, Item>,
+    items: Items,
     storages: Vec<Storage>,
     contents: Contents,
 }

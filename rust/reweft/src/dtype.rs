@@ -127,6 +127,11 @@ impl Dtype {
         }
     }
 
+    /// Whether values are complex numbers.
+    pub const fn is_complex(self) -> bool {
+        matches!(self, Self::C32 | Self::C64 | Self::C128)
+    }
+
     /// Whether every element is one real floating-point number of whole bytes.
     pub const fn is_float(self) -> bool {
         matches!(

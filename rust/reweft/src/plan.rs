@@ -4,7 +4,6 @@
 //! runtime. The only bytes that planning reads are those of tied keys that a checkpoint stores twice.
 
 mod finding;
-mod recipe;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -16,9 +15,9 @@ use crate::checkpoint::Checkpoint;
 use crate::convert;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
+use crate::recipe::Recipe;
 use crate::tensor::TensorInfo;
 pub use finding::{Finding, FindingKind};
-pub use recipe::{Recipe, Step};
 
 /// What a caller accepts that is an error otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

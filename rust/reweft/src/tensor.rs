@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 pub const MAX_DIMS: usize = 64;
 
 /// A view of a storage. Strides and offset count elements, as in torch.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorInfo {
     /// Type of the elements.
     pub dtype: Dtype,

@@ -91,3 +91,11 @@ fn damage_is_found_before_anything_is_written() {
     assert_eq!(fs::read(&out).unwrap(), b"old");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
 }
+
+#[test]
+fn a_key_map_file_is_reported_with_what_it_did() {
+    let args = ["inspect", "checkpoints/training.pt", "--keys", "keys/training.toml"];
+    compare("keys/training.txt", &transcript(&args));
+    compare("keys/training.json.txt", &transcript(&[&args[..], &["--json"]].concat()));
+    compare("keys/broken.txt", &transcript(&["inspect", "checkpoints/training.pt", "--keys", "keys/broken.toml"]));
+}

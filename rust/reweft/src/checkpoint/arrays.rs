@@ -8,6 +8,7 @@ use reweft_pickle::NodeId;
 
 use super::numpy::{self, Array, Data};
 use super::rebuild::{Rebuild, Rebuilt, global_dtype};
+use super::storage::Extent;
 use super::{Item, Storage};
 use crate::convert;
 use crate::dtype::Dtype;
@@ -105,7 +106,8 @@ impl Rebuild<'_> {
         if needed != Some(nbytes) {
             return Err(Error::format(format!("{} holds {nbytes} bytes", array.describe())));
         }
-        let storage = Storage::in_file(source, byte_offset, "", Some(wanted), nbytes, device);
+        let extent = Extent { dtype: Some(wanted), nbytes, device: device.into() };
+        let storage = Storage::range(source, byte_offset, "", extent);
         // What was cast was turned before.
         Ok(if array.descr.big_endian && dtype == wanted { storage.swapped() } else { storage })
     }

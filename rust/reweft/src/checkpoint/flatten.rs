@@ -7,14 +7,13 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 
-use indexmap::IndexMap;
 use reweft_pickle::{NodeId, Pickle, Value as Node};
 use serde::Serialize;
 
 use super::module;
 use super::numpy;
 use super::rebuild::{Part, Rebuild, Rebuilt, is_tensor};
-use super::{Item, OpenOptions};
+use super::{Item, Items, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
 
@@ -38,7 +37,7 @@ impl fmt::Display for Value {
 
 /// Tensors by key, and all that is left.
 pub(super) struct Flat {
-    pub items: IndexMap<String, Item>,
+    pub items: Items,
     pub values: Vec<Value>,
 }
 
@@ -58,7 +57,7 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
     let mut walk = Walk {
         pickle,
         options,
-        flat: Flat { items: IndexMap::new(), values: Vec::new() },
+        flat: Flat { items: Items::default(), values: Vec::new() },
         open: HashSet::new(),
         holds_tensor: None,
         path: String::new(),

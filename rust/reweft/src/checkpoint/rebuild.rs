@@ -3,17 +3,20 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use foldhash::quality::RandomState;
 use reweft_pickle::{NodeId, Object, Pickle, Value};
 
+use super::made::{Making, Signs};
 use super::parts::{nested, parts_of_state, sparse};
 use super::persistent::{StorageId, View, names_storage, size, storage_id};
+use super::storage::Extent;
 use super::torch_tar::{Numbers, Object as Numbered};
 use super::{Format, Item, Storage, numpy};
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::source::Source;
-use crate::tensor::TensorInfo;
+use crate::tensor::{TensorInfo, contiguous};
 
 /// What a function that a checkpoint names makes of its arguments.
 #[derive(Clone, Copy)]
@@ -198,9 +201,11 @@ pub(super) struct Rebuild<'p> {
     globals: Globals,
     /// The storages in the order of first use.
     pub storages: Vec<Storage>,
-    by_key: HashMap<&'p str, usize>,
-    /// What of a storage a persistent id node means, so that a shared one is looked up once.
-    by_node: HashMap<NodeId, View>,
+    by_key: HashMap<&'p str, usize, RandomState>,
+    /// Storages made for conjugate and negative views, so that two of one view share.
+    made: HashMap<Making, usize>,
+    /// Text of the last device: files name one or two, for each storage again.
+    device: Arc<str>,
     /// Whether a storage was met that no tensor is around.
     bare_storage: bool,
     /// Tensors of classes that are not known, read as their plain payload.
@@ -219,8 +224,9 @@ impl<'p> Rebuild<'p> {
             globals: Globals::new(saved.pickle),
             saved,
             storages,
-            by_key: HashMap::new(),
-            by_node: HashMap::new(),
+            by_key: HashMap::default(),
+            made: HashMap::new(),
+            device: "cpu".into(),
             bare_storage: false,
             notices: Vec::new(),
             arrays: HashMap::new(),
@@ -321,7 +327,7 @@ impl<'p> Rebuild<'p> {
         }
         let Some(view) = self.storage(id)? else { return Ok(None) };
         let held = &self.storages[view.storage];
-        if held.device == "meta" {
+        if &*held.device == "meta" {
             return Ok(Some(Item::Unreadable("it is a storage without data".to_owned())));
         }
         let dtype = held.dtype.unwrap_or(Dtype::U8);
@@ -358,14 +364,33 @@ impl<'p> Rebuild<'p> {
     }
 
     fn tensor(&mut self, args: &[NodeId], dtype: Option<Dtype>, metadata: Option<&NodeId>) -> Result<Item> {
-        let pickle = self.pickle;
-        if metadata.is_some_and(|id| pickle.dict(*id).is_none_or(|pairs| !pairs.is_empty())) {
-            return Ok(Item::Unreadable("it is a conjugate or negative view, which is not read yet".to_owned()));
-        }
-        Ok(match self.view(args, dtype)? {
-            Ok(info) => readable(info),
-            Err(why) => Item::Unreadable(why),
+        let info = match self.view(args, dtype)? {
+            Ok(info) => info,
+            Err(why) => return Ok(Item::Unreadable(why)),
+        };
+        Ok(match metadata.map(|id| signs(self.pickle, *id)) {
+            None => readable(info),
+            Some(Some(signs)) => readable(self.with_signs(info, signs)?),
+            Some(None) => Item::Unreadable("its metadata says something that reweft does not know".to_owned()),
         })
+    }
+
+    /// The values that torch's conjugate and negative bits ask for; they are computed when they are read.
+    fn with_signs(&mut self, of: TensorInfo, signs: Signs) -> Result<TensorInfo> {
+        if signs == (Signs { conjugate: false, negate: false }) {
+            return Ok(of);
+        }
+        let (dtype, shape) = (of.dtype, of.shape.clone());
+        signs.check(dtype)?;
+        let making = Making::Signs { of, signs };
+        let storage = if let Some(number) = self.made.get(&making) {
+            *number
+        } else {
+            self.storages.push(Storage::made(making.clone(), 1)?);
+            self.made.insert(making, self.storages.len() - 1);
+            self.storages.len() - 1
+        };
+        Ok(TensorInfo { dtype, strides: contiguous(&shape), shape, storage, storage_offset: 0 })
     }
 
     /// `(storage, offset, size, stride, ...)` as a view; the inner error says why only this tensor is out of reach.
@@ -379,7 +404,7 @@ impl<'p> Rebuild<'p> {
             return Ok(Err(format!("its storage is {what}, which reweft does not know")));
         };
         let held = &self.storages[view.storage];
-        if held.device == "meta" {
+        if &*held.device == "meta" {
             return Ok(Err("it is a meta tensor, which has no data".to_owned()));
         }
         let Some(dtype) = dtype.or(held.dtype) else {
@@ -422,9 +447,6 @@ impl<'p> Rebuild<'p> {
 
     /// What of a storage a persistent id means; `None` if the value is something else.
     fn storage(&mut self, id: NodeId) -> Result<Option<View>> {
-        if let Some(found) = self.by_node.get(&id) {
-            return Ok(Some(*found));
-        }
         let Value::Persistent(pid) = self.pickle.get(id) else { return Ok(None) };
         if let Places::Tar(numbers) = &self.saved.places {
             return Ok(match numbers.object(self.pickle, *pid)? {
@@ -440,7 +462,7 @@ impl<'p> Rebuild<'p> {
         let nbytes = numel.checked_mul(itemsize).ok_or_else(|| Error::format("storage takes 2^64 bytes"))?;
         let number = if let Some(number) = self.by_key.get(key) {
             let held = &self.storages[*number];
-            if (held.dtype, held.nbytes, held.device.as_str()) != (dtype, nbytes, device) {
+            if (held.dtype, held.nbytes, &*held.device) != (dtype, nbytes, device) {
                 return Err(Error::format(format!("storage {key:?} is described in two ways")));
             }
             *number
@@ -451,19 +473,30 @@ impl<'p> Rebuild<'p> {
             self.storages.len() - 1
         };
         // No overflow: the view's elements were held against the storage's.
-        let view = View { storage: number, byte_offset: view.0 * itemsize, nbytes: view.1 * itemsize };
-        self.by_node.insert(id, view);
-        Ok(Some(view))
+        Ok(Some(View { storage: number, byte_offset: view.0 * itemsize, nbytes: view.1 * itemsize }))
     }
 
-    fn place(&self, key: &str, dtype: Option<Dtype>, device: &str, numel: u64, nbytes: u64) -> Result<Storage> {
+    fn place(&mut self, key: &str, dtype: Option<Dtype>, device: &str, numel: u64, nbytes: u64) -> Result<Storage> {
+        if *self.device != *device {
+            self.device = device.into();
+        }
+        let extent = Extent { dtype, nbytes, device: Arc::clone(&self.device) };
         let storage = match &self.saved.places {
             Places::Archive(archive, root) => {
-                let storage = Storage::record(Arc::clone(archive), format!("{root}/data/{key}"), dtype, nbytes, device);
-                if device != "meta" {
-                    storage.check_nbytes()?;
+                let name = format!("{root}/data/{key}");
+                // Meta tensors have a storage, but no bytes anywhere.
+                let number = archive.entries().get_index_of(&name);
+                if let Some(number) = number {
+                    let storage = Storage::record(Arc::clone(archive), number, extent);
+                    if device != "meta" {
+                        storage.check_nbytes()?;
+                    }
+                    storage
+                } else if device == "meta" {
+                    Storage::range(Arc::clone(archive.source()), 0, &name, Extent { nbytes: 0, ..extent })
+                } else {
+                    return Err(Error::format("the archive has no such record").in_record(name));
                 }
-                storage
             }
             Places::File(source, places) => {
                 let (start, found) =
@@ -472,7 +505,7 @@ impl<'p> Rebuild<'p> {
                     let what = format!("storage {key:?} has {found} elements, its tensors say {numel}");
                     return Err(Error::format(what));
                 }
-                Storage::in_file(Arc::clone(source), start, key, dtype, nbytes, device)
+                Storage::range(Arc::clone(source), start, key, extent)
             }
             Places::Tar(_) => return Err(Error::format("a tar archive numbers its storages")),
         };
@@ -514,6 +547,19 @@ pub(super) fn global_dtype(pickle: &Pickle<'_>, id: NodeId) -> Option<Dtype> {
         ("torch", name) => Dtype::from_name(name).filter(|dtype| dtype.name() == name),
         _ => None,
     }
+}
+
+/// The bits in `{"conj": True, "neg": True}`, either of which may be absent; `None` for anything else.
+fn signs(pickle: &Pickle<'_>, metadata: NodeId) -> Option<Signs> {
+    let mut signs = Signs { conjugate: false, negate: false };
+    for (key, value) in pickle.dict(metadata)?.iter() {
+        match pickle.as_str(*key)? {
+            "conj" => signs.conjugate = pickle.as_bool(*value)?,
+            "neg" => signs.negate = pickle.as_bool(*value)?,
+            _ => return None,
+        }
+    }
+    Some(signs)
 }
 
 /// A tensor that can be read; the elements of quantised types mean nothing by themselves.

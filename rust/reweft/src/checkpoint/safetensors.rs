@@ -4,12 +4,15 @@
 //! the header, bytes behind the last tensor).
 
 use std::fmt;
+use std::sync::Arc;
 
+use foldhash::quality::RandomState;
 use indexmap::IndexMap;
 use serde::Deserialize;
 use serde::de::{self, MapAccess, Visitor};
 
-use super::{Contents, Format, Item, OpenOptions, Read, Storage};
+use super::storage::Extent;
+use super::{Contents, Format, Item, Items, OpenOptions, Read, Storage};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, Source, read_vec};
@@ -45,11 +48,13 @@ pub(super) fn read(source: &Source, options: &OpenOptions) -> Result<Read> {
         serde_json::from_slice(&json).map_err(|error| Error::format(format!("header: {error}")).at(LENGTH_NBYTES))?;
     let data_start = LENGTH_NBYTES + header_nbytes;
     check_holes(&header, source.len() - data_start)?;
-    let mut items = IndexMap::with_capacity(header.tensors.len());
+    let mut items = Items::with_capacity_and_hasher(header.tensors.len(), RandomState::default());
+    let device: Arc<str> = "cpu".into();
     let mut storages = Vec::with_capacity(header.tensors.len());
     for (key, row) in header.tensors {
         let (info, nbytes) = check_row(&row, storages.len()).map_err(|error| error.of_key(&key))?;
-        storages.push(Storage::range(source.clone(), data_start + row.data_offsets.0, nbytes, info.dtype));
+        let extent = Extent { dtype: Some(info.dtype), nbytes, device: Arc::clone(&device) };
+        storages.push(Storage::range(source.clone(), data_start + row.data_offsets.0, "", extent));
         items.insert(key, Item::Tensor(info));
     }
     let contents = Contents { metadata: header.metadata, ..Contents::default() };

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::container::zip::{Archive, Method};
+use super::made::Making;
+use crate::container::zip::{Archive, Method, Record};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::source::{self, Source};
@@ -11,14 +12,12 @@ use crate::source::{self, Source};
 /// Bytes that one or more tensors are views of.
 #[derive(Debug)]
 pub struct Storage {
-    /// Name of the record in its archive; empty where storages have no names.
-    pub name: String,
     /// Type that the file declares for the storage; `None` for plain bytes.
     pub dtype: Option<Dtype>,
     /// Length in bytes.
     pub nbytes: u64,
-    /// Where the tensors lived when they were saved: `cpu`, `cuda:0`.
-    pub device: String,
+    /// Where the tensors lived when they were saved: `cpu`, `cuda:0`. Storages of a file share the text.
+    pub device: Arc<str>,
     place: Place,
     /// Whether the record's CRC was compared already.
     checked: AtomicBool,
@@ -28,36 +27,49 @@ pub struct Storage {
 
 #[derive(Debug)]
 enum Place {
-    /// A record of an archive, with a CRC.
-    Record(Arc<Archive>),
-    /// A range of a source from this byte on.
-    Range(Source, u64),
+    /// A record of an archive, by its number in the directory; it has a CRC.
+    Record(Arc<Archive>, usize),
+    /// A range of a source from this byte on, under a name.
+    Range(Source, u64, Box<str>),
+    /// Nowhere: made of other storages when it is read, over this many layers.
+    Made(Box<Making>, usize),
+}
+
+/// What all constructors are given.
+pub(super) struct Extent {
+    pub dtype: Option<Dtype>,
+    pub nbytes: u64,
+    pub device: Arc<str>,
 }
 
 impl Storage {
-    pub(super) fn record(archive: Arc<Archive>, name: String, dtype: Option<Dtype>, nbytes: u64, device: &str) -> Self {
-        let checked = AtomicBool::new(false);
-        Self { name, dtype, nbytes, device: device.to_owned(), place: Place::Record(archive), checked, swapped: false }
+    fn new(extent: Extent, place: Place) -> Self {
+        let Extent { dtype, nbytes, device } = extent;
+        // Only records have something to compare.
+        let checked = AtomicBool::new(!matches!(place, Place::Record(..)));
+        Self { dtype, nbytes, device, place, checked, swapped: false }
     }
 
-    pub(super) fn range(source: Source, byte_offset: u64, nbytes: u64, dtype: Dtype) -> Self {
-        let place = Place::Range(source, byte_offset);
-        let (name, dtype, device) = (String::new(), Some(dtype), "cpu".to_owned());
-        Self { name, dtype, nbytes, device, place, checked: AtomicBool::new(true), swapped: false }
+    /// A record of an archive, by its number in the directory.
+    pub(super) fn record(archive: Arc<Archive>, number: usize, extent: Extent) -> Self {
+        Self::new(extent, Place::Record(archive, number))
     }
 
-    /// A range of a file that has other bytes around it.
-    pub(super) fn in_file(
-        source: Source,
-        byte_offset: u64,
-        key: &str,
-        dtype: Option<Dtype>,
-        nbytes: u64,
-        device: &str,
-    ) -> Self {
-        let place = Place::Range(source, byte_offset);
-        let (name, device, checked) = (key.to_owned(), device.to_owned(), AtomicBool::new(true));
-        Self { name, dtype, nbytes, device, place, checked, swapped: false }
+    /// A range of a source that has other bytes around it; `name` stands for it in messages.
+    pub(super) fn range(source: Source, byte_offset: u64, name: &str, extent: Extent) -> Self {
+        Self::new(extent, Place::Range(source, byte_offset, name.into()))
+    }
+
+    /// A whole source.
+    pub(super) fn memory(source: Source, number: usize) -> Self {
+        let extent = Extent { dtype: None, nbytes: source.len(), device: "cpu".into() };
+        Self::range(source, 0, &number.to_string(), extent)
+    }
+
+    /// Bytes that other storages of the same checkpoint make up, over `depth` layers of such storages.
+    pub(super) fn made(making: Making, depth: usize) -> Result<Self> {
+        let extent = Extent { dtype: Some(making.dtype()), nbytes: making.nbytes()?, device: "cpu".into() };
+        Ok(Self::new(extent, Place::Made(Box::new(making), depth)))
     }
 
     /// Says that the bytes of every element stand in the other order.
@@ -72,28 +84,69 @@ impl Storage {
         self.swapped
     }
 
-    pub(super) fn from_memory((number, source): (usize, Source)) -> Self {
-        let (name, nbytes, device) = (number.to_string(), source.len(), "cpu".to_owned());
-        let place = Place::Range(source, 0);
-        Self { name, dtype: None, nbytes, device, place, checked: AtomicBool::new(true), swapped: false }
-    }
-
-    /// The file or memory that the bytes lie in.
-    pub fn source(&self) -> &Source {
+    /// How the bytes are made, if they are in no file.
+    pub(super) fn making(&self) -> Option<&Making> {
         match &self.place {
-            Place::Record(archive) => archive.source(),
-            Place::Range(source, _) => source,
+            Place::Made(making, _) => Some(making),
+            _ => None,
         }
     }
 
-    /// The source and the absolute offset of the storage's first byte. Reads the record's local header.
+    /// The file or memory that the bytes lie in; `None` where they are made.
+    pub fn source(&self) -> Option<&Source> {
+        match &self.place {
+            Place::Record(archive, _) => Some(archive.source()),
+            Place::Range(source, ..) => Some(source),
+            Place::Made(..) => None,
+        }
+    }
+
+    /// Layers of made storages down to bytes in a file; 0 for those.
+    pub(super) fn depth(&self) -> usize {
+        match &self.place {
+            Place::Made(_, depth) => *depth,
+            _ => 0,
+        }
+    }
+
+    /// Whether a range of the storage costs no more to read than its share: not so where all of it must be unpacked or
+    /// made first. Writers that read in pieces ask.
+    pub fn reads_in_pieces(&self) -> bool {
+        self.making().is_none_or(Making::works_in_pieces) && !self.is_packed()
+    }
+
+    /// Name of the record in its archive; empty where storages have no names.
+    pub fn name(&self) -> &str {
+        match &self.place {
+            Place::Record(..) => self.as_record().map_or("", |record| record.name),
+            Place::Range(_, _, name) => name,
+            Place::Made(..) => "",
+        }
+    }
+
+    fn as_record(&self) -> Option<Record<'_>> {
+        match &self.place {
+            Place::Record(archive, number) => archive.record(*number).ok(),
+            _ => None,
+        }
+    }
+
+    /// The source and the absolute offset of the storage's first byte; `None` where the bytes have no place in a file,
+    /// because they are packed or made. Reads the record's local header.
     ///
     /// # Errors
-    /// As [`Archive::place`].
-    pub fn locate(&self) -> Result<(&Source, u64)> {
+    /// As [`Record::place`].
+    pub fn locate(&self) -> Result<Option<(&Source, u64)>> {
         match &self.place {
-            Place::Record(archive) => Ok((archive.source(), archive.place(&self.name)?.data.start)),
-            Place::Range(source, byte_offset) => Ok((source, *byte_offset)),
+            Place::Record(archive, number) => {
+                let record = archive.record(*number)?;
+                if record.entry.method != Method::STORED {
+                    return Ok(None);
+                }
+                Ok(Some((archive.source(), record.place()?.data.start)))
+            }
+            Place::Range(source, byte_offset, _) => Ok(Some((source, *byte_offset))),
+            Place::Made(..) => Ok(None),
         }
     }
 
@@ -102,44 +155,52 @@ impl Storage {
     /// # Errors
     /// [`ErrorKind::Format`](crate::ErrorKind::Format) for a wrong CRC; read errors.
     pub fn check(&self) -> Result<()> {
-        let Place::Record(archive) = &self.place else { return Ok(()) };
-        if self.checked.load(Ordering::Acquire) || self.is_packed() {
+        if self.checked.load(Ordering::Acquire) {
             return Ok(());
         }
-        let (source, start) = self.locate()?;
-        archive.check_crc(&self.name, source::crc(&**source, start, self.nbytes)?)?;
-        self.checked.store(true, Ordering::Release);
+        if let (Some(record), Some((source, start))) = (self.as_record(), self.locate()?) {
+            record.check_crc(source::crc(&**source, start, self.nbytes)?)?;
+            self.checked.store(true, Ordering::Release);
+        }
         Ok(())
     }
 
-    /// Reads a range of the storage into `out` after its CRC was checked; a whole record is read once for both.
+    /// Takes note of a CRC that somebody computed over the whole record while reading it for another purpose.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) if it is wrong.
+    pub(crate) fn note_crc(&self, found: u32) -> Result<()> {
+        if let Some(record) = self.as_record() {
+            record.check_crc(found)?;
+            self.checked.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Whether the record's CRC was compared, or there is none.
+    pub(crate) fn is_checked(&self) -> bool {
+        self.checked.load(Ordering::Acquire)
+    }
+
+    /// Reads a range of a storage that is in a file, after its CRC was checked; a whole record is read once for both.
     ///
     /// # Errors
     /// As [`check`](Self::check) and [`locate`](Self::locate); a range behind the storage.
-    pub fn read_into(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+    pub(super) fn read_into(&self, byte_offset: u64, out: &mut [u8]) -> Result<()> {
         let nbytes = out.len() as u64;
-        source::check_range(self.nbytes, byte_offset, nbytes).map_err(|error| error.in_record(&self.name))?;
-        if let Place::Record(archive) = &self.place
-            && self.is_packed()
-        {
+        source::check_range(self.nbytes, byte_offset, nbytes).map_err(|error| error.in_record(self.name()))?;
+        let Some((source, start)) = self.locate()? else {
             // Somebody zipped the file again. Unpacked anew for each tensor; sharing of a record is rare in such files.
-            let bytes = archive.read(&self.name)?;
-            out.copy_from_slice(source::slice(&bytes, byte_offset, nbytes)?);
+            let record = self.as_record().ok_or_else(|| Error::format("storage has no bytes of its own"))?;
+            out.copy_from_slice(source::slice(&record.read()?, byte_offset, nbytes)?);
             return Ok(());
-        }
-        let (source, start) = self.locate()?;
-        let whole = byte_offset == 0 && nbytes == self.nbytes;
+        };
+        let whole = nbytes == self.nbytes;
         if !whole {
             self.check()?;
         }
         source.read_exact_at(start + byte_offset, out)?;
-        if let Place::Record(archive) = &self.place
-            && !self.checked.load(Ordering::Acquire)
-        {
-            archive.check_crc(&self.name, crc32fast::hash(out))?;
-            self.checked.store(true, Ordering::Release);
-        }
-        Ok(())
+        if whole && !self.is_checked() { self.note_crc(crc32fast::hash(out)) } else { Ok(()) }
     }
 
     /// The storage's bytes where they are in memory or mapped, after the CRC was checked; `None` if they must be read.
@@ -147,10 +208,10 @@ impl Storage {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn as_slice(&self) -> Result<Option<&[u8]>> {
-        if self.swapped || self.is_packed() {
+        if self.swapped {
             return Ok(None);
         }
-        let (source, start) = self.locate()?;
+        let Some((source, start)) = self.locate()? else { return Ok(None) };
         let Some(bytes) = source.as_slice() else { return Ok(None) };
         self.check()?;
         source::slice(bytes, start, self.nbytes).map(Some)
@@ -158,19 +219,16 @@ impl Storage {
 
     /// Whether the record is compressed, so that its bytes have no place in the file.
     fn is_packed(&self) -> bool {
-        match &self.place {
-            Place::Record(archive) => archive.entry(&self.name).is_ok_and(|entry| entry.method != Method::STORED),
-            Place::Range(..) => false,
-        }
+        self.as_record().is_some_and(|record| record.entry.method != Method::STORED)
     }
 
     /// Refuses a record whose length is not what the file's metadata says.
     pub(super) fn check_nbytes(&self) -> Result<()> {
-        let Place::Record(archive) = &self.place else { return Ok(()) };
-        let found = archive.entry(&self.name)?.nbytes;
+        let Some(record) = self.as_record() else { return Ok(()) };
+        let found = record.entry.nbytes;
         if found == self.nbytes {
             return Ok(());
         }
-        Err(Error::format(format!("record has {found} bytes, storage needs {}", self.nbytes)).in_record(&self.name))
+        Err(Error::format(format!("record has {found} bytes, storage needs {}", self.nbytes)).in_record(record.name))
     }
 }

@@ -14,6 +14,7 @@ use reweft_pickle::{NodeId, Pickle, Value};
 
 use super::persistent::View;
 use super::rebuild::{Places, Saved};
+use super::storage::Extent;
 use super::torch_zip::read_object;
 use super::{Format, Item, OpenOptions, Read, Storage};
 use crate::container::tar;
@@ -84,7 +85,8 @@ impl Numbers {
             let nbytes = dtype.nbytes(numel).ok_or_else(|| Error::format("storage takes 2^64 bytes"))?;
             let byte_offset = start + member.skip(nbytes)?;
             let name = key.to_string();
-            let storage = Storage::in_file(source.clone(), byte_offset, &name, Some(dtype), nbytes, &device);
+            let extent = Extent { dtype: Some(dtype), nbytes, device: device.into() };
+            let storage = Storage::range(source.clone(), byte_offset, &name, extent);
             self.storages.push(storage);
             let view = View { storage: self.storages.len() - 1, byte_offset: 0, nbytes };
             self.define(key, Object::Storage(view))?;

@@ -124,6 +124,21 @@ impl Archive {
         self.entries.get(name).ok_or_else(|| Error::format("the archive has no such record").in_record(name))
     }
 
+    /// A record by its number in the directory, as [`IndexMap::get_index_of`] on [`entries`](Self::entries) gives it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] for a number that the directory does not have.
+    pub fn record(&self, number: usize) -> Result<Record<'_>> {
+        match self.entries.get_index(number) {
+            Some((name, entry)) => Ok(Record { archive: self, name, entry }),
+            None => Err(Error::format(format!("the archive has no record number {number}"))),
+        }
+    }
+
+    fn find<'a>(&'a self, name: &'a str) -> Result<Record<'a>> {
+        Ok(Record { archive: self, name, entry: self.entry(name)? })
+    }
+
     /// The one folder that all records share, as torch writes them, without its slash.
     ///
     /// # Errors
@@ -139,15 +154,52 @@ impl Archive {
         }
     }
 
+    /// Finds a stored record's bytes; see [`Record::place`].
+    ///
+    /// # Errors
+    /// As there, and [`ErrorKind::Format`] if there is no such record.
+    pub fn place(&self, name: &str) -> Result<Place> {
+        self.find(name)?.place()
+    }
+
+    /// Reads a whole record; see [`Record::read`].
+    ///
+    /// # Errors
+    /// As there, and [`ErrorKind::Format`] if there is no such record.
+    pub fn read(&self, name: &str) -> Result<Vec<u8>> {
+        self.find(name)?.read()
+    }
+
+    /// Compares a computed CRC with the directory's; see [`Record::check_crc`].
+    ///
+    /// # Errors
+    /// As there, and [`ErrorKind::Format`] if there is no such record.
+    pub fn check_crc(&self, name: &str, found: u32) -> Result<()> {
+        self.find(name)?.check_crc(found)
+    }
+}
+
+/// One record of an archive. Costs nothing to make.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a> {
+    archive: &'a Archive,
+    /// Name, with the archive's root folder.
+    pub name: &'a str,
+    /// What the directory says of it.
+    pub entry: &'a Entry,
+}
+
+impl Record<'_> {
     /// Finds a stored record's bytes. Reads its local header and descriptor, which must agree with the directory.
     ///
     /// # Errors
     /// [`ErrorKind::Format`] where they disagree, [`ErrorKind::Unsupported`] for a compressed record.
-    pub fn place(&self, name: &str) -> Result<Place> {
-        self.place_entry(name, self.entry(name)?).map_err(|error| error.in_record(name))
+    pub fn place(&self) -> Result<Place> {
+        self.find_bytes().map_err(|error| error.in_record(self.name))
     }
 
-    fn place_entry(&self, name: &str, entry: &Entry) -> Result<Place> {
+    fn find_bytes(&self) -> Result<Place> {
+        let entry = self.entry;
         if entry.method != Method::STORED {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -161,18 +213,19 @@ impl Archive {
                 entry.nbytes, entry.packed_nbytes
             )));
         }
-        let start = self.local_header(name, entry)?;
+        let start = self.local_header()?;
         let end = start.checked_add(entry.nbytes).filter(|end| *end <= entry.limit).ok_or_else(|| {
             Error::format(format!("record of {} bytes runs into what follows it", entry.nbytes)).at(start)
         })?;
-        Ok(Place { data: start..end, descriptor: self.descriptor(entry, end)? })
+        Ok(Place { data: start..end, descriptor: self.descriptor(end)? })
     }
 
     /// Checks the local header and gives the offset of the data behind it.
-    fn local_header(&self, name: &str, entry: &Entry) -> Result<u64> {
+    fn local_header(&self) -> Result<u64> {
+        let Self { name, entry, .. } = *self;
         let at = entry.header_offset;
         let fixed = LOCAL_HEADER_NBYTES + name.len() as u64;
-        let header = read_vec(&*self.source, at, fixed)?;
+        let header = read_vec(&*self.archive.source, at, fixed)?;
         let field = Fields(&header);
         let disagree = |what: &str| Err(Error::format(format!("local header and directory differ in {what}")).at(at));
         if field.u32(0) != LOCAL_SIGNATURE {
@@ -202,7 +255,8 @@ impl Archive {
     }
 
     /// Checks the data descriptor and that nothing else lies before the next record.
-    fn descriptor(&self, entry: &Entry, end: u64) -> Result<Option<Range<u64>>> {
+    fn descriptor(&self, end: u64) -> Result<Option<Range<u64>>> {
+        let entry = self.entry;
         let left = entry.limit - end;
         if left == 0 {
             return Ok(None);
@@ -210,7 +264,7 @@ impl Archive {
         if entry.flags & FLAG_DESCRIPTOR == 0 || (left != 16 && left != 24) {
             return Err(Error::format(format!("{left} bytes between two records belong to neither")).at(end));
         }
-        let bytes = read_vec(&*self.source, end, left)?;
+        let bytes = read_vec(&*self.archive.source, end, left)?;
         let field = Fields(&bytes);
         let sizes = if left == 16 {
             [u64::from(field.u32(8)), u64::from(field.u32(12))]
@@ -230,25 +284,25 @@ impl Archive {
     /// # Errors
     /// As [`place`](Self::place), [`ErrorKind::Format`] for a wrong CRC or a record that unpacks to another size, and
     /// [`ErrorKind::Unsupported`] for another kind of compression.
-    pub fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let entry = self.entry(name)?;
-        let bytes = if entry.method == Method::DEFLATED {
-            self.inflate(name, entry).map_err(|error| error.in_record(name))?
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let bytes = if self.entry.method == Method::DEFLATED {
+            self.inflate().map_err(|error| error.in_record(self.name))?
         } else {
-            let place = self.place(name)?;
-            read_vec(&*self.source, place.data.start, place.data.end - place.data.start)?
+            let place = self.place()?;
+            read_vec(&*self.archive.source, place.data.start, place.data.end - place.data.start)?
         };
-        self.check_crc(name, crc32fast::hash(&bytes))?;
+        self.check_crc(crc32fast::hash(&bytes))?;
         Ok(bytes)
     }
 
-    fn inflate(&self, name: &str, entry: &Entry) -> Result<Vec<u8>> {
-        let start = self.local_header(name, entry)?;
+    fn inflate(&self) -> Result<Vec<u8>> {
+        let entry = self.entry;
+        let start = self.local_header()?;
         let end = start.checked_add(entry.packed_nbytes).filter(|end| *end <= entry.limit).ok_or_else(|| {
             Error::format(format!("record of {} bytes runs into what follows it", entry.packed_nbytes)).at(start)
         })?;
-        self.descriptor(entry, end)?;
-        let packed = read_vec(&*self.source, start, entry.packed_nbytes)?;
+        self.descriptor(end)?;
+        let packed = read_vec(&*self.archive.source, start, entry.packed_nbytes)?;
         let mut bytes = Vec::new();
         // One byte more than stated shows that there are more; the buffer grows with what is really there.
         let mut unpacked = flate2::read::DeflateDecoder::new(packed.as_slice()).take(entry.nbytes.saturating_add(1));
@@ -266,13 +320,13 @@ impl Archive {
     ///
     /// # Errors
     /// [`ErrorKind::Format`] if they differ and the writer did compute one.
-    pub fn check_crc(&self, name: &str, found: u32) -> Result<()> {
-        let entry = self.entry(name)?;
+    pub fn check_crc(&self, found: u32) -> Result<()> {
+        let entry = self.entry;
         if entry.crc == found || entry.crc_is_absent() {
             return Ok(());
         }
         Err(Error::format(format!("CRC of the bytes is {found:08x}, the archive says {:08x}", entry.crc))
-            .in_record(name)
+            .in_record(self.name)
             .with_hint("the file is damaged; copy or download it again"))
     }
 }

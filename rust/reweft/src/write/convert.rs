@@ -97,7 +97,7 @@ fn settle_shared(checkpoint: &Checkpoint, shared: Shared, format: TargetFormat) 
     }
     let mut windows = Vec::new();
     for (number, (key, info)) in checkpoint.tensors().enumerate() {
-        let (start, nbytes) = info.window(checkpoint.storage_of(info).nbytes)?;
+        let (start, nbytes) = info.window(checkpoint.storage_of(info)?.nbytes)?;
         if nbytes > 0 {
             windows.push((info.storage, start, number, start + nbytes, key, info));
         }

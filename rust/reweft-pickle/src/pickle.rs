@@ -37,11 +37,12 @@ const DEFAULTDICT: (&str, &str) = ("collections", "defaultdict");
 /// ```
 #[derive(Debug)]
 pub struct Pickle<'a> {
-    nodes: Vec<Value<'a>>,
-    pool: Vec<NodeId>,
-    root: NodeId,
-    protocol: u8,
-    nbytes: usize,
+    pub(crate) nodes: Vec<Value<'a>>,
+    pub(crate) globals: Vec<NodeId>,
+    pub(crate) pool: Vec<NodeId>,
+    pub(crate) root: NodeId,
+    pub(crate) protocol: u8,
+    pub(crate) nbytes: usize,
 }
 
 impl<'a> Pickle<'a> {
@@ -55,10 +56,6 @@ impl<'a> Pickle<'a> {
     /// fault. Nothing is given back of a pickle that is damaged anywhere before STOP.
     pub fn parse(bytes: &'a [u8], limits: &Limits) -> Result<Self> {
         vm::run(bytes, limits)
-    }
-
-    pub(crate) fn new(nodes: Vec<Value<'a>>, pool: Vec<NodeId>, root: NodeId, protocol: u8, nbytes: usize) -> Self {
-        Self { nodes, pool, root, protocol, nbytes }
     }
 
     /// The value that the pickle stands for.
@@ -79,6 +76,11 @@ impl<'a> Pickle<'a> {
     /// All values in the order of creation, also those that the root does not reach.
     pub fn nodes(&self) -> impl Iterator<Item = (NodeId, &Value<'a>)> {
         (0_u32..).map(NodeId::from_index).zip(&self.nodes)
+    }
+
+    /// The values that are classes or functions, in the order of creation: one for each opcode that names one.
+    pub fn global_nodes(&self) -> &[NodeId] {
+        &self.globals
     }
 
     #[cfg(test)]
@@ -209,7 +211,7 @@ impl<'a> Pickle<'a> {
 
     /// Module and name of all classes and functions that the pickle mentions, each once, in the
     /// order of first mention; under Python 3 names. Also those whose use was undone by POP. Costs
-    /// a pass over all values.
+    /// a pass over [`global_nodes`](Self::global_nodes).
     pub fn globals(&self) -> impl Iterator<Item = (&str, &str)> {
         // Each name is hashed once per value, not per mention, so that a long name mentioned often
         // stays cheap.
@@ -221,8 +223,8 @@ impl<'a> Pickle<'a> {
         };
         let mut seen = HashSet::new();
         let mut globals = Vec::new();
-        for (id, value) in self.nodes() {
-            if let Value::Global { module, name } = *value
+        for &id in &self.globals {
+            if let Value::Global { module, name } = *self.get(id)
                 && seen.insert((number(module), number(name)))
             {
                 globals.extend(self.as_global(id));

@@ -25,6 +25,8 @@ const MAX_RESERVED_NODES: usize = 1 << 20;
 struct Machine<'a, 'l> {
     limits: &'l Limits,
     nodes: Vec<Value<'a>>,
+    /// The nodes that are globals: readers ask for them first, and a checkpoint has a handful among many nodes.
+    globals: Vec<NodeId>,
     pool: Vec<NodeId>,
     stack: Vec<NodeId>,
     /// Stack heights at which a MARK stands.
@@ -50,8 +52,9 @@ pub(crate) fn run<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Pickle<'a>> {
         match done {
             Ok(None) => {}
             Ok(Some(root)) => {
-                let (nodes, pool) = (machine.nodes, machine.pool);
-                return Ok(Pickle::new(nodes, pool, root, decoder.protocol(), decoder.byte_offset()));
+                let Machine { nodes, globals, pool, .. } = machine;
+                let (protocol, nbytes) = (decoder.protocol(), decoder.byte_offset());
+                return Ok(Pickle { nodes, globals, pool, root, protocol, nbytes });
             }
             Err(error) => {
                 return Err(error.at(instruction.byte_offset, Some(instruction.entry.name)));
@@ -70,6 +73,7 @@ impl<'a, 'l> Machine<'a, 'l> {
         Self {
             limits,
             nodes,
+            globals: Vec::new(),
             pool: Vec::with_capacity(expected),
             stack: Vec::new(),
             marks: Vec::new(),
@@ -418,7 +422,13 @@ impl<'a, 'l> Machine<'a, 'l> {
 
     fn global(&mut self, module: &'a [u8], name: &'a [u8]) -> Result<NodeId> {
         let (module, name) = (self.name(module)?, self.name(name)?);
-        self.add(Value::Global { module, name })
+        self.add_global(module, name)
+    }
+
+    fn add_global(&mut self, module: NodeId, name: NodeId) -> Result<NodeId> {
+        let id = self.add(Value::Global { module, name })?;
+        self.globals.push(id);
+        Ok(id)
     }
 
     fn name(&mut self, text: &'a [u8]) -> Result<NodeId> {
@@ -438,7 +448,9 @@ impl<'a, 'l> Machine<'a, 'l> {
                 other => return Err(unfit(other, "be a module or class name")),
             }
         }
-        self.push(Value::Global { module, name })
+        let id = self.add_global(module, name)?;
+        self.stack.push(id);
+        Ok(())
     }
 
     /// REDUCE, NEWOBJ and `NEWOBJ_EX`. Nothing is looked up, so an unknown callable is as good as a

@@ -54,10 +54,12 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
         Some(key) => descend(pickle, key)?,
         None => pickle.root(),
     };
+    let expected = rebuild.saved.places.expected_storages();
+    let items = Items::with_capacity_and_hasher(expected, foldhash::quality::RandomState::default());
     let mut walk = Walk {
         pickle,
         options,
-        flat: Flat { items: Items::default(), values: Vec::new() },
+        flat: Flat { items, values: Vec::new() },
         open: HashSet::new(),
         holds_tensor: None,
         path: String::new(),
@@ -208,7 +210,7 @@ fn children<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Result<Option<Children<'p
     for (key, value) in pairs.iter() {
         named.push((key_name(pickle, *key, *value)?, *value));
     }
-    let mut seen = HashSet::with_capacity(named.len());
+    let mut seen = HashSet::with_capacity_and_hasher(named.len(), foldhash::quality::RandomState::default());
     match named.iter().find(|(name, _)| !seen.insert(name)) {
         None => Ok(Some(named)),
         Some((name, _)) => Err(Error::new(ErrorKind::KeyCollision, format!("a dict has the key {name:?} twice"))),

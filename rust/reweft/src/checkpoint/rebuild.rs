@@ -127,6 +127,17 @@ pub(super) struct Saved<'p> {
     pub format: Format,
 }
 
+impl Places<'_> {
+    /// About as many storages as there will be, so that tables need not grow; what is in the file bounds it.
+    pub fn expected_storages(&self) -> usize {
+        match self {
+            Self::Archive(archive, _) => archive.entries().len(),
+            Self::File(_, places) => places.len(),
+            Self::Tar(_) => 0,
+        }
+    }
+}
+
 /// Globals that a checkpoint may name and that mean nothing dangerous or unknown.
 const PLAIN_GLOBALS: &[(&str, &str)] = &[
     ("collections", "OrderedDict"),
@@ -152,22 +163,20 @@ const PLAIN_GLOBALS: &[(&str, &str)] = &[
 const MAX_LINKS: usize = 8;
 
 /// What the globals of one pickle mean, by node: a file names a handful of them, and each of its tensors asks.
+#[derive(Default)]
 pub(super) struct Globals {
-    functions: HashMap<NodeId, Function>,
+    functions: HashMap<NodeId, Function, RandomState>,
     /// Dtype by storage class; `None` for untyped storages.
-    pub(super) storages: HashMap<NodeId, Option<Dtype>>,
+    pub(super) storages: HashMap<NodeId, Option<Dtype>, RandomState>,
     /// Classes whose objects are tensors by their state, in old files.
-    classes: HashSet<NodeId>,
+    classes: HashSet<NodeId, RandomState>,
 }
 
 impl Globals {
     /// Looks at every global once.
     pub fn new(pickle: &Pickle<'_>) -> Self {
-        let mut globals = Self { functions: HashMap::new(), storages: HashMap::new(), classes: HashSet::new() };
-        for (id, value) in pickle.nodes() {
-            if !matches!(value, Value::Global { .. }) {
-                continue;
-            }
+        let mut globals = Self::default();
+        for &id in pickle.global_nodes() {
             let Some((module, name)) = pickle.as_global(id) else { continue };
             if let Some(row) = FUNCTIONS.iter().find(|row| (row.0, row.1) == (module, name)) {
                 globals.functions.insert(id, row.2);
@@ -219,12 +228,13 @@ pub(super) struct Rebuild<'p> {
 impl<'p> Rebuild<'p> {
     pub fn new(mut saved: Saved<'p>) -> Self {
         let storages = if let Places::Tar(numbers) = &mut saved.places { numbers.take_storages() } else { Vec::new() };
+        let expected = saved.places.expected_storages();
         Self {
             pickle: saved.pickle,
             globals: Globals::new(saved.pickle),
             saved,
             storages,
-            by_key: HashMap::default(),
+            by_key: HashMap::with_capacity_and_hasher(expected, RandomState::default()),
             made: HashMap::new(),
             device: "cpu".into(),
             bare_storage: false,
@@ -483,7 +493,7 @@ impl<'p> Rebuild<'p> {
         let extent = Extent { dtype, nbytes, device: Arc::clone(&self.device) };
         let storage = match &self.saved.places {
             Places::Archive(archive, root) => {
-                let name = format!("{root}/data/{key}");
+                let name = [root, "/data/", key].concat();
                 // Meta tensors have a storage, but no bytes anywhere.
                 let number = archive.entries().get_index_of(&name);
                 if let Some(number) = number {

@@ -76,11 +76,14 @@ pub struct Place {
     pub descriptor: Option<Range<u64>>,
 }
 
+/// Entries by name. The hasher is seeded at random, so that nobody can choose names that collide.
+pub type Entries = IndexMap<String, Entry, foldhash::quality::RandomState>;
+
 /// An archive whose central directory has been read and checked; record bytes have not.
 #[derive(Debug)]
 pub struct Archive {
     source: Source,
-    entries: IndexMap<String, Entry>,
+    entries: Entries,
     directory: Range<u64>,
 }
 
@@ -102,7 +105,7 @@ impl Archive {
     }
 
     /// The entries by name, in the order of the central directory.
-    pub fn entries(&self) -> &IndexMap<String, Entry> {
+    pub fn entries(&self) -> &Entries {
         &self.entries
     }
 

@@ -2,9 +2,7 @@
 
 use std::ops::Range;
 
-use indexmap::IndexMap;
-
-use super::{Entry, FLAGS_REFUSED, Fields, LOCAL_HEADER_NBYTES, Method};
+use super::{Entries, Entry, FLAGS_REFUSED, Fields, LOCAL_HEADER_NBYTES, Method};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, read_vec};
 
@@ -32,12 +30,12 @@ struct End {
 }
 
 /// Reads the whole directory; gives the entries in its order and its place in the file.
-pub(super) fn read(source: &dyn ReadAt) -> Result<(IndexMap<String, Entry>, Range<u64>)> {
+pub(super) fn read(source: &dyn ReadAt) -> Result<(Entries, Range<u64>)> {
     let end = read_end(source)?;
     let bytes = read_vec(source, end.directory.start, end.directory.end - end.directory.start)?;
     // A lying count must not allocate: no entry is shorter than its fixed part.
     let capacity = usize::try_from(end.count).unwrap_or(usize::MAX).min(bytes.len() / ENTRY_NBYTES);
-    let mut entries = IndexMap::with_capacity(capacity);
+    let mut entries = Entries::with_capacity_and_hasher(capacity, foldhash::quality::RandomState::default());
     let mut at = 0;
     while at < bytes.len() {
         let offset = end.directory.start + at as u64;
@@ -211,6 +209,9 @@ impl<'a> Zip64<'a> {
 
 /// Refuses names that mean something else to another program.
 fn check_name(name: &str) -> Result<()> {
+    if is_plain(name) {
+        return Ok(());
+    }
     let bad = if name.is_empty() {
         "is empty"
     } else if name.starts_with('/') || name.contains('\\') || name.chars().any(char::is_control) {
@@ -223,8 +224,22 @@ fn check_name(name: &str) -> Result<()> {
     Err(Error::format(format!("record name {bad}")))
 }
 
+/// Whether a name is made of ordinary letters and of parts that do not begin with a dot: all but a handful are, and this
+/// is one pass over their bytes.
+fn is_plain(name: &str) -> bool {
+    let mut before = b'/';
+    for byte in name.bytes() {
+        let ordinary = byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'/');
+        if !ordinary || before == b'/' && matches!(byte, b'.' | b'/') {
+            return false;
+        }
+        before = byte;
+    }
+    before != b'/'
+}
+
 /// Gives each entry the offset it must end before, and refuses overlaps and bytes before the first record.
-fn set_limits(entries: &mut IndexMap<String, Entry>, directory_start: u64) -> Result<()> {
+fn set_limits(entries: &mut Entries, directory_start: u64) -> Result<()> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|index| entries[*index].header_offset);
     if let Some(first) = order.first().map(|index| entries[*index].header_offset).filter(|first| *first != 0) {

@@ -9,6 +9,9 @@ pub struct Limits {
     pub max_keys: usize,
     /// Longest flattened key in bytes, so that deep nesting stays linear.
     pub max_key_nbytes: usize,
+    /// Steps and bytes that the containers of a pickle may unfold to, for each of its bytes: a few bytes can save one
+    /// container under very many keys. Every value that is met costs its path and 64, every item that is looked at 8.
+    pub max_expansion: u64,
     /// Bytes of one pickle or metadata record, which are read into memory.
     pub max_metadata_nbytes: u64,
     /// Bytes that a tensor which repeats its storage (stride 0) may take when it is written out.
@@ -23,6 +26,7 @@ impl Default for Limits {
             pickle: reweft_pickle::Limits::default(),
             max_keys: 1_000_000,
             max_key_nbytes: 4096,
+            max_expansion: 64,
             max_metadata_nbytes: 1 << 30,
             max_repeated_nbytes: 1 << 30,
             max_header_nbytes: 100_000_000,

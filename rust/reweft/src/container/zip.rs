@@ -94,14 +94,20 @@ impl Archive {
         source.read_exact_at(0, &mut magic).is_ok() && magic == LOCAL_SIGNATURE.to_le_bytes()
     }
 
-    /// Reads and checks the central directory; reads no record.
+    /// Reads and checks the central directory, and of the records only the last one's header: what stands between it
+    /// and the directory would be seen by nobody else.
     ///
     /// # Errors
     /// [`ErrorKind::Format`] for a truncated archive, lying counts or sizes, bytes before or behind the archive,
     /// duplicate or unsafe names, overlapping records; [`ErrorKind::Unsupported`] for encryption and split archives.
     pub fn open(source: Source) -> Result<Self> {
         let (entries, directory) = directory::read(&*source)?;
-        Ok(Self { source, entries, directory })
+        let archive = Self { source, entries, directory };
+        let is_last = |entry: &Entry| entry.limit == archive.directory.start && entry.method == Method::STORED;
+        if let Some((name, _)) = archive.entries.iter().find(|(_, entry)| is_last(entry)) {
+            archive.place(name)?;
+        }
+        Ok(archive)
     }
 
     /// The entries by name, in the order of the central directory.
@@ -209,12 +215,6 @@ impl Record<'_> {
                 format!("record is compressed (zip method {}), torch stores records as they are", entry.method.0),
             )
             .with_hint("the file was zipped again; unpack it and store it with `zip -0`"));
-        }
-        if entry.nbytes != entry.packed_nbytes {
-            return Err(Error::format(format!(
-                "stored record has {} bytes, {} packed",
-                entry.nbytes, entry.packed_nbytes
-            )));
         }
         let start = self.local_header()?;
         let end = start.checked_add(entry.nbytes).filter(|end| *end <= entry.limit).ok_or_else(|| {

@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod build;
 mod checkpoints;
+mod costs;
 mod hostile;
 mod packages;
+mod tensor_lies;
+mod zip_lies;
 
 use std::path::{Path, PathBuf};
 

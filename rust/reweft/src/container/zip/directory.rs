@@ -1,5 +1,6 @@
 //! Reading the end records and the central directory.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use super::{Entries, Entry, FLAGS_REFUSED, Fields, LOCAL_HEADER_NBYTES, Method};
@@ -22,6 +23,8 @@ const ENTRY_NBYTES: usize = 46;
 const COMMENT_MAX_NBYTES: u64 = 65_535;
 /// Extra field with 64-bit sizes and offset (APPNOTE 4.5.3).
 const EXTRA_ZIP64: u16 = 1;
+/// Most bytes that one byte of a deflated record can stand for: 258 for every two bits.
+const DEFLATE_RATIO: u64 = 1032;
 
 /// What the end records say: how many entries, where the directory is.
 struct End {
@@ -53,6 +56,7 @@ pub(super) fn read(source: &dyn ReadAt) -> Result<(Entries, Range<u64>)> {
         let found = entries.len();
         return Err(Error::format(format!("directory has {found} entries, the end record says {}", end.count)));
     }
+    check_case(&entries)?;
     set_limits(&mut entries, end.directory.start)?;
     Ok((entries, end.directory))
 }
@@ -109,11 +113,26 @@ fn find_end(source: &dyn ReadAt) -> Result<u64> {
             }
         }
         if let Some(at) = found {
-            return Ok(at);
+            return check_alone(source, at).map(|()| at);
         }
     }
     Err(Error::format("zip archive has no end record")
         .with_hint("the file is truncated or has bytes behind the archive; copy or download it again"))
+}
+
+/// Refuses an end record that other readers may take for the end: one before it whose comment reaches just as far.
+fn check_alone(source: &dyn ReadAt, end_at: u64) -> Result<()> {
+    let start = end_at.saturating_sub(END_NBYTES + COMMENT_MAX_NBYTES);
+    let bytes = read_vec(source, start, end_at - start)?;
+    let candidates = bytes.windows(4).enumerate().filter(|(_, window)| **window == END_SIGNATURE.to_le_bytes());
+    for (at, _) in candidates {
+        let comment = u64::from(Fields(bytes.get(at..).unwrap_or_default()).u16(20));
+        let at = start + at as u64;
+        if at + END_NBYTES + comment == source.len() {
+            return Err(Error::format("archive has two end records, one in the comment of the other").at(at));
+        }
+    }
+    Ok(())
 }
 
 /// Count, bytes and start of the directory, as the zip64 end record says, and the record's own offset.
@@ -173,7 +192,24 @@ fn read_entry(bytes: &[u8], directory_offset: u64) -> Result<(String, Entry, usi
         directory_offset,
         limit: 0,
     };
+    wide.finish()?;
+    check_sizes(&entry)?;
     Ok((name, entry, nbytes))
+}
+
+/// Refuses sizes that no packing explains: readers reserve memory by them.
+fn check_sizes(entry: &Entry) -> Result<()> {
+    let (nbytes, packed) = (entry.nbytes, entry.packed_nbytes);
+    let possible = match entry.method {
+        Method::STORED => nbytes == packed,
+        Method::DEFLATED => nbytes <= packed.saturating_mul(DEFLATE_RATIO),
+        // Not read; the sizes mean nothing.
+        _ => true,
+    };
+    if possible {
+        return Ok(());
+    }
+    Err(Error::format(format!("record has {nbytes} bytes and takes {packed}, which its packing cannot do")))
 }
 
 /// The 64-bit values of an extra field, taken in the order of the 32-bit ones that say "look there".
@@ -205,6 +241,14 @@ impl<'a> Zip64<'a> {
         self.0 = rest;
         Ok(u64::from_le_bytes(*wide))
     }
+
+    /// Refuses values that no 32-bit one points to: some readers would take them, and some would not.
+    fn finish(self) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        Err(Error::format(format!("zip64 extra field has {} bytes that nothing points to", self.0.len())))
+    }
 }
 
 /// Refuses names that mean something else to another program.
@@ -216,6 +260,8 @@ fn check_name(name: &str) -> Result<()> {
         "is empty"
     } else if name.starts_with('/') || name.contains('\\') || name.chars().any(char::is_control) {
         "is absolute or has a backslash or control character"
+    } else if matches!(name.as_bytes(), [drive, b':', b'/', ..] if drive.is_ascii_alphabetic()) {
+        "begins with a drive"
     } else if name.trim_end_matches('/').split('/').any(|part| matches!(part, "" | "." | "..")) {
         "leaves its folder or has an empty part"
     } else {
@@ -236,6 +282,23 @@ fn is_plain(name: &str) -> bool {
         before = byte;
     }
     before != b'/'
+}
+
+/// Refuses names that differ in the case of ASCII letters only: torch looks records up without regard to it.
+///
+/// Names that differ in Unicode normalisation are two names to every reader, because nothing is unpacked to a disk.
+fn check_case(entries: &Entries) -> Result<()> {
+    // The names that torch gives below the root have no capitals; then there is nothing to compare.
+    let has_capital =
+        |name: &str| name.split_once('/').map_or(name, |(_, rest)| rest).bytes().any(|byte| byte.is_ascii_uppercase());
+    if !entries.keys().any(|name| has_capital(name)) {
+        return Ok(());
+    }
+    let mut seen = HashSet::with_capacity(entries.len());
+    match entries.keys().find(|name| !seen.insert(name.to_ascii_lowercase())) {
+        None => Ok(()),
+        Some(name) => Err(Error::format("two records have this name but for the case of letters").in_record(name)),
+    }
 }
 
 /// Gives each entry the offset it must end before, and refuses overlaps and bytes before the first record.

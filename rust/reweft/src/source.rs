@@ -212,6 +212,23 @@ pub fn read_vec(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<Ve
     Ok(bytes)
 }
 
+/// Fills `out` with the bytes that start at `byte_offset`, and gives their CRC-32.
+///
+/// # Errors
+/// As [`ReadAt::read_exact_at`].
+pub fn read_hashed(source: &dyn ReadAt, byte_offset: u64, out: &mut [u8]) -> Result<u32> {
+    /// Bytes read at a time: few enough to be still in the second cache when they are hashed.
+    const CHUNK_NBYTES: usize = 256 << 10;
+    check_range(source.len(), byte_offset, out.len() as u64)?;
+    let (mut hasher, mut at) = (crc32fast::Hasher::new(), byte_offset);
+    for chunk in out.chunks_mut(CHUNK_NBYTES) {
+        source.read_exact_at(at, chunk)?;
+        hasher.update(chunk);
+        at += chunk.len() as u64;
+    }
+    Ok(hasher.finalize())
+}
+
 /// CRC-32 of a range, read in pieces where it is not in memory.
 ///
 /// # Errors

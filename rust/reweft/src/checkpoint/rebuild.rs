@@ -227,8 +227,11 @@ pub(super) struct Rebuild<'p> {
 
 impl<'p> Rebuild<'p> {
     pub fn new(mut saved: Saved<'p>) -> Self {
-        let storages = if let Places::Tar(numbers) = &mut saved.places { numbers.take_storages() } else { Vec::new() };
         let expected = saved.places.expected_storages();
+        let storages = match &mut saved.places {
+            Places::Tar(numbers) => numbers.take_storages(),
+            _ => Vec::with_capacity(expected),
+        };
         Self {
             pickle: saved.pickle,
             globals: Globals::new(saved.pickle),

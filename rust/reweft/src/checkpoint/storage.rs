@@ -195,12 +195,11 @@ impl Storage {
             out.copy_from_slice(source::slice(&record.read()?, byte_offset, nbytes)?);
             return Ok(());
         };
-        let whole = nbytes == self.nbytes;
-        if !whole {
-            self.check()?;
+        if nbytes == self.nbytes && !self.is_checked() {
+            return self.note_crc(source::read_hashed(&**source, start, out)?);
         }
-        source.read_exact_at(start + byte_offset, out)?;
-        if whole && !self.is_checked() { self.note_crc(crc32fast::hash(out)) } else { Ok(()) }
+        self.check()?;
+        source.read_exact_at(start + byte_offset, out)
     }
 
     /// The storage's bytes where they are in memory or mapped, after the CRC was checked; `None` if they must be read.

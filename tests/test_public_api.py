@@ -13,7 +13,15 @@ import pytest
 import reweft
 import reweft.errors
 
-MODULES = ["reweft", "reweft.errors", "reweft.keymap", "reweft.checkpoint", "reweft.refitting", "reweft.torch"]
+MODULES = [
+    "reweft",
+    "reweft.errors",
+    "reweft.keymap",
+    "reweft.checkpoint",
+    "reweft.config",
+    "reweft.refitting",
+    "reweft.torch",
+]
 
 
 def test_import_does_not_import_torch() -> None:

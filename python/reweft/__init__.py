@@ -1,13 +1,14 @@
 """Put new weights into compiled models: exactly, all or nothing, without recompiling.
 
-`open` reads checkpoints without running them, `convert` writes safetensors, `plan`, `refit` and `verify` put a
-checkpoint's weights into a compiled package and show that they are there. None of this imports torch;
-`reweft.torch` traces, runs and refits live models.
+`open` reads checkpoints without running them, `load_config` what they hold beside tensors, `convert` writes
+safetensors, `plan`, `refit` and `verify` put a checkpoint's weights into a compiled package and show that they are
+there. None of this imports torch; `reweft.torch` traces, runs and refits live models.
 """
 
 from __future__ import annotations
 
 from reweft.checkpoint import Checkpoint, TensorInfo, open  # noqa: A004  (`reweft.open` is the name)
+from reweft.config import ConfigDict, ConfigName, ConfigObject, load_config
 from reweft.errors import (
     FormatError,
     IoError,
@@ -35,6 +36,9 @@ from reweft.refitting import (
 
 __all__ = [
     "Checkpoint",
+    "ConfigDict",
+    "ConfigName",
+    "ConfigObject",
     "ConvertReport",
     "Finding",
     "FormatError",
@@ -54,6 +58,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "convert",
+    "load_config",
     "open",
     "plan",
     "refit",

@@ -19,6 +19,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Inspect(Inspect),
+    Config(Config),
     Convert(Convert),
     Plan(Plan),
     Refit(Refit),
@@ -38,6 +39,24 @@ pub struct Inspect {
     /// Print JSON instead of tables.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Prints what a checkpoint holds beside its tensors, as JSON.
+///
+/// Nothing is imported. Ints have all their digits. What JSON has no form for is an object with one name that begins
+/// with `$`: `{"$float": "inf"}`, `{"$bytes": "00ff"}` (hexadecimal), `{"$complex": [0.0, 1.0]}`; instances of classes
+/// that are not known have `$class`. Tuples and sets are arrays; dtypes, devices, paths and dates are texts. Keys are
+/// texts or ints. Anything else is an error that names its path.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  reweft config weights_with_config.pt --key my_config > my_config.json")]
+pub struct Config {
+    /// A .pt file or a pickle.
+    pub file: PathBuf,
+    /// Dotted path of the config, through dicts, lists and attributes. Without it, the file must hold no tensor.
+    #[arg(long, value_name = "KEY", visible_alias = "top-level-key")]
+    pub key: Option<String>,
 }
 
 /// Writes a checkpoint in another format, or under other keys.

@@ -3,6 +3,7 @@
 //! stdout is data, stderr is for people. Exit codes: 0 done, 1 a check found differences, 2 error.
 
 mod args;
+mod config;
 mod inspect;
 mod output;
 mod weights;
@@ -34,6 +35,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     let mut stdout = io::stdout().lock();
     let result = match &args.command {
         Command::Inspect(command) => inspect::run(command, &mut stdout),
+        Command::Config(command) => config::run(command, &mut stdout),
         Command::Convert(command) => weights::convert(command, &mut stdout),
         Command::Plan(command) => weights::plan(command, &mut stdout),
         Command::Refit(command) => weights::refit(command, &mut stdout),

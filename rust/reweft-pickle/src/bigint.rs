@@ -30,6 +30,11 @@ impl BigInt<'_> {
         &self.0
     }
 
+    /// The same number, owned.
+    pub fn to_static(&self) -> BigInt<'static> {
+        BigInt(Cow::Owned(self.0.to_vec()))
+    }
+
     /// Whether it is below zero.
     pub fn is_negative(&self) -> bool {
         is_negative(&self.0)

@@ -5,6 +5,7 @@
 
 mod buffer;
 mod checkpoint;
+mod config;
 mod error;
 mod handles;
 mod model;
@@ -18,6 +19,8 @@ mod _core {
     use crate::buffer::Buffer;
     #[pymodule_export]
     use crate::checkpoint::{Checkpoint, KeyMap, TensorInfo};
+    #[pymodule_export]
+    use crate::config::load_config;
     #[pymodule_export]
     use crate::model::Model;
     #[pymodule_export]

@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
+use reweft_pickle::Pickle;
 
 use crate::container::{tar, zip::Archive};
 use crate::convert::can_cast;
@@ -37,6 +38,7 @@ use crate::source::{self, Access, ReadAt, Source};
 use crate::tensor::{TensorInfo, contiguous};
 use derive::{Derive, Derived};
 pub use flatten::Value;
+pub(crate) use rebuild::is_tensor;
 pub use storage::Storage;
 pub use storages::Storages;
 
@@ -446,6 +448,30 @@ struct Read {
     items: Items,
     storages: Vec<Storage>,
     contents: Contents,
+}
+
+/// Hands over the pickle of the object that a file holds, for readers of something else than its tensors.
+pub(crate) fn visit<R>(
+    source: Source,
+    options: &OpenOptions,
+    then: impl FnOnce(&Pickle<'_>) -> Result<R>,
+) -> Result<R> {
+    let then = |saved: rebuild::Saved<'_>| then(saved.pickle);
+    let head = source::read_vec(&*source, 0, source.len().min(tar::BLOCK_NBYTES))?;
+    if Archive::detect(&*source) {
+        torch_zip::visit(&Arc::new(Archive::open(source)?), options, then)
+    } else if tar::detect(&head) {
+        torch_tar::visit(&source, &tar::members(&*source)?, options, then)
+    } else if safetensors::detect(&*source) {
+        let what = "this is a safetensors file, which holds nothing but tensors and texts about them";
+        Err(Error::new(ErrorKind::Unsupported, what))
+    } else if torch_legacy::detect(&*source) {
+        torch_legacy::visit(&source, options, then)
+    } else if torch_legacy::detect_pickle(&*source) {
+        torch_legacy::visit_pickle(&source, options, then)
+    } else {
+        Err(not_a_checkpoint(&*source))
+    }
 }
 
 /// Says what a file is that is no checkpoint, as far as its first bytes tell.

@@ -20,6 +20,7 @@
 
 pub mod artifact;
 pub mod checkpoint;
+pub mod config;
 pub mod container;
 pub mod convert;
 pub mod dtype;
@@ -34,6 +35,7 @@ pub mod write;
 
 pub use artifact::Artifact;
 pub use checkpoint::{Checkpoint, OpenOptions};
+pub use config::load_config;
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind, Result};
 pub use keymap::{KeyMap, Rule};

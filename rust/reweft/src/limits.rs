@@ -16,6 +16,10 @@ pub struct Limits {
     pub max_metadata_nbytes: u64,
     /// Bytes that a tensor which repeats its storage (stride 0) may take when it is written out.
     pub max_repeated_nbytes: u64,
+    /// Values that a config may come to when shared ones are counted wherever they are used.
+    pub max_config_nodes: u64,
+    /// Levels of a config that is read into a type of serde's, which recurses along the data.
+    pub max_config_depth: usize,
     /// Bytes of a safetensors header; the format's own limit.
     pub max_header_nbytes: u64,
 }
@@ -29,6 +33,8 @@ impl Default for Limits {
             max_expansion: 64,
             max_metadata_nbytes: 1 << 30,
             max_repeated_nbytes: 1 << 30,
+            max_config_nodes: 10_000_000,
+            max_config_depth: 128,
             max_header_nbytes: 100_000_000,
         }
     }

@@ -61,6 +61,20 @@ fn json_of_a_checkpoint_and_a_package_is_as_expected() {
 }
 
 #[test]
+fn configs_are_json_or_an_error_with_a_path() {
+    let config = |name: &str, args: &[&str]| {
+        compare(&format!("config/{name}.txt"), &transcript(&[&["config"], args].concat()));
+    };
+    config("all_kinds", &["checkpoints/config.pt", "--key", "my_config"]);
+    config("legacy", &["checkpoints/config_legacy.pt", "--top-level-key", "my_config.schedulers"]);
+    config("tensor", &["checkpoints/config.pt"]);
+    config("no_such_key", &["checkpoints/config.pt", "--key", "my_confg"]);
+    config("arrays", &["checkpoints/arrays5.pkl", "--key", "model"]);
+    config("structured", &["checkpoints/arrays5.pkl"]);
+    config("package", &["packages/plain.pt2"]);
+}
+
+#[test]
 fn plans_say_what_blocks_a_refit() {
     let plan = |name: &str, args: &[&str]| {
         compare(&format!("plan/{name}.txt"), &transcript(&[&["plan"], args].concat()));

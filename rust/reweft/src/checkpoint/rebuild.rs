@@ -586,7 +586,7 @@ fn readable(info: TensorInfo) -> Item {
 }
 
 /// Whether a value is a tensor, or a storage outside of one.
-pub(super) fn is_tensor(pickle: &Pickle<'_>, id: NodeId) -> bool {
+pub(crate) fn is_tensor(pickle: &Pickle<'_>, id: NodeId) -> bool {
     let is_function = |name| FUNCTIONS.iter().any(|row| (row.0, row.1) == name);
     match pickle.as_call(id) {
         Some((name, _)) if is_function(name) => numpy::is_tensor(pickle, id),

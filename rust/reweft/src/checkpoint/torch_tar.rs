@@ -153,7 +153,7 @@ pub(super) fn read(source: &Source, options: &OpenOptions) -> Result<Read> {
 }
 
 /// Hands over the archive's object.
-fn visit<R>(
+pub(super) fn visit<R>(
     source: &Source,
     members: &IndexMap<String, Range<u64>>,
     options: &OpenOptions,

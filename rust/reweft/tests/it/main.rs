@@ -4,6 +4,7 @@
 
 mod build;
 mod checkpoints;
+mod config;
 mod costs;
 mod hostile;
 mod packages;

@@ -294,6 +294,7 @@ def convert(
     *,
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
+    dtype: str | None = None,
     format: Literal["safetensors"] | None = None,  # noqa: A002  (what it is called everywhere)
     shared: Literal["error", "duplicate", "drop-aliases"] = "error",
     sync: bool = True,
@@ -307,6 +308,8 @@ def convert(
         out: The file to write.
         top_level_key: Dotted path of the dict that holds the weights.
         keys: Which keys, under which names.
+        dtype: Convert float tensors to this dtype, rounding to nearest even as torch does; the others stay, and a
+            notice names them.
         format: The format to write; None goes by the extension of `out`.
         shared: What to do with tensors that share bytes, where the format cannot say so: refuse, write the bytes for
             each key, or write only the first key.
@@ -315,11 +318,13 @@ def convert(
     Raises:
         UnsupportedError: A tensor cannot be read, or the format has no such dtype or key.
         MismatchError: Tensors share bytes and `shared` does not settle it.
-        UsageError: `out` is a file that the checkpoint is read from, or its extension stands for no format.
+        UsageError: `dtype` is no float dtype, `out` is a file that the checkpoint is read from, or its extension stands for no format.
         FormatError: The file is damaged; `out` is as it was.
         IoError: Reading or writing failed; `out` is as it was.
     """
     opened = _opened(checkpoint, top_level_key, keys)
+    if dtype is not None:
+        opened = opened.cast(dtype)
     data = json.loads(_core.convert(opened._core, out, target=format, shared=shared, sync=sync))  # noqa: SLF001  (one package)
     return ConvertReport(
         out=Path(data["out"]),

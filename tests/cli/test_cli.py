@@ -183,6 +183,13 @@ class TestConvert:
         cli("convert", training, "out.safetensors")
         assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
+    def test_floats_in_another_dtype(self, cli: Cli, training: Path, tmp_path: Path) -> None:
+        cli("convert", training, "out.safetensors", "--dtype", "bf16", *UNWRAP)
+        dtypes = {info.dtype for info in reweft.open(tmp_path / "out.safetensors").values()}
+        assert "bfloat16" in dtypes
+        assert "float32" not in dtypes
+        assert "float99" in cli.fails("convert", training, "out.safetensors", "--dtype", "float99")
+
 
 class TestPlan:
     def test_good_plan(self, cli: Cli, digits: Package, training: Path) -> None:

@@ -167,6 +167,17 @@ def test_cast_of_a_checkpoint_leaves_integers_and_says_so(path: Path) -> None:
         reweft.open(path).cast("int8")
 
 
+def test_conversion_to_another_dtype(path: Path, tmp_path: Path) -> None:
+    report = reweft.convert(path, tmp_path / "x.safetensors", dtype="float16")
+    written = reweft.open(tmp_path / "x.safetensors")
+    for key, tensor in attention().items():
+        assert bytes(written[key].read()) == raw(tensor.half() if tensor.is_floating_point() else tensor)
+    assert any("steps (int64)" in notice for notice in report.notices)
+    with pytest.raises(reweft.UsageError):
+        reweft.convert(path, tmp_path / "y.safetensors", dtype="int8")
+    assert not (tmp_path / "y.safetensors").exists()
+
+
 def test_operations_reach_the_converted_file(path: Path, tmp_path: Path) -> None:
     keys = KeyMap([{"match": "^attn.in_proj_weight$", "split": ["q", "k", "v"]}, {"match": "^q$", "transpose": [0, 1]}])
     reweft.convert(path, tmp_path / "x.safetensors", keys=keys, shared="duplicate")

@@ -65,5 +65,5 @@ mod weights;
 pub use refit::Refit;
 pub use reweft::plan::Allow;
 pub use reweft::write::Shared;
-pub use reweft::{Error, ErrorKind, Limits, Result};
+pub use reweft::{Dtype, Error, ErrorKind, Limits, Result};
 pub use weights::Weights;

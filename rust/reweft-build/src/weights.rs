@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use reweft::write::{ConvertOptions, Shared, convert};
-use reweft::{Limits, Result};
+use reweft::{Dtype, Limits, Result};
 
 use crate::keys::Keys;
 use crate::script::Target;
@@ -30,6 +30,7 @@ use crate::script::Target;
 #[must_use = "`convert` writes the file"]
 pub struct Weights {
     keys: Keys,
+    dtype: Option<Dtype>,
     shared: Shared,
     target: Target,
 }
@@ -37,7 +38,7 @@ pub struct Weights {
 impl Weights {
     /// Names the checkpoint: a `.pt` or safetensors file, relative to `CARGO_MANIFEST_DIR`. Reads nothing.
     pub fn new(checkpoint: impl Into<PathBuf>) -> Self {
-        Self { keys: Keys::new(checkpoint.into()), shared: Shared::default(), target: Target::default() }
+        Self { keys: Keys::new(checkpoint.into()), dtype: None, shared: Shared::default(), target: Target::default() }
     }
 
     /// Sets the dotted path of the container that holds the state_dict; its path is not part of the keys.
@@ -63,6 +64,12 @@ impl Weights {
     /// [`reweft::KeyMap::from_toml`]. Its rules come before those of [`remap`](Self::remap).
     pub fn keys(mut self, file: impl Into<PathBuf>) -> Self {
         self.keys.file = Some(file.into());
+        self
+    }
+
+    /// Converts float tensors to this dtype, rounding to nearest even; a warning of the build names the others.
+    pub fn dtype(mut self, dtype: Dtype) -> Self {
+        self.dtype = Some(dtype);
         self
     }
 
@@ -115,6 +122,7 @@ impl Weights {
         let path = script.watch(&self.keys.path)?;
         let file = self.keys.file.as_deref().map(|file| script.watch(file)).transpose()?;
         let checkpoint = self.keys.open(&path, file.as_deref())?;
+        let checkpoint = if let Some(dtype) = self.dtype { checkpoint.cast(dtype)? } else { checkpoint };
         script.warn(checkpoint.notices())?;
         let format = ConvertOptions::default().format_of(name.as_ref())?;
         let options = ConvertOptions { format: Some(format), shared: self.shared, ..ConvertOptions::default() };
@@ -194,6 +202,18 @@ mod tests {
         let (out, said) = converted(&weights).unwrap();
         assert_ne!(fs::read(out).unwrap(), before);
         assert!(said.contains("\ncargo::warning="), "a missing CRC is said: {said}");
+    }
+
+    #[test]
+    fn key_map_file_is_watched_and_floats_are_cast() {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = Weights::new("../../fixtures/checkpoints/training.pt").out_dir(folder.path());
+        let weights = weights.keys("../../fixtures/keys/training.toml").dtype(Dtype::BF16);
+        let (out, said) = converted(&weights).unwrap();
+        assert!(said.contains("training.toml\n"), "{said}");
+        let written = Checkpoint::open(&out, &OpenOptions::default()).unwrap();
+        let weight = written.get("0.weight").unwrap();
+        assert_eq!((weight.dtype, &weight.shape[..]), (Dtype::BF16, &[4, 3][..]));
     }
 
     #[test]

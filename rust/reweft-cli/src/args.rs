@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use reweft::write::{ConvertOptions, TargetFormat};
-use reweft::{Checkpoint, KeyMap, OpenOptions, Rule};
+use reweft::{Checkpoint, Dtype, Error, ErrorKind, KeyMap, OpenOptions, Rule};
 
 /// Put new weights into compiled models: exactly, all or nothing, without recompiling.
 ///
@@ -66,6 +66,7 @@ pub struct Config {
 #[command(after_help = "\
 Examples:
   reweft convert epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='
+  reweft convert net.pt net-half.safetensors --dtype bfloat16
   reweft convert tied.pt net.safetensors --shared drop-aliases")]
 pub struct Convert {
     /// The checkpoint.
@@ -74,6 +75,10 @@ pub struct Convert {
     pub output: PathBuf,
     #[command(flatten)]
     pub keys: Keys,
+    /// Convert float tensors to this dtype (float32, bf16, float8_e4m3fn ...), rounding to nearest even as torch does;
+    /// the others stay, and a note names them.
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<String>,
     /// The format to write [default: the one that OUTPUT's extension stands for].
     #[arg(long, value_enum)]
     pub format: Option<Format>,
@@ -89,6 +94,14 @@ pub struct Convert {
 }
 
 impl Convert {
+    /// Opens the checkpoint as it is to be written.
+    pub fn open(&self) -> reweft::Result<Checkpoint> {
+        let checkpoint = self.keys.open(&self.input)?;
+        let Some(name) = &self.dtype else { return Ok(checkpoint) };
+        let dtype = Dtype::from_name(name).ok_or_else(|| Error::new(ErrorKind::Usage, format!("no dtype {name:?}")))?;
+        checkpoint.cast(dtype)
+    }
+
     /// The engine's options.
     pub fn options(&self) -> ConvertOptions {
         ConvertOptions { format: self.format.map(Into::into), shared: self.shared.into(), sync: !self.no_sync }

@@ -13,7 +13,7 @@ use crate::output;
 type Outcome = anyhow::Result<bool>;
 
 pub fn convert(command: &Convert, out: &mut dyn Write) -> Outcome {
-    let checkpoint = command.keys.open(&command.input)?;
+    let checkpoint = command.open()?;
     let bar = output::progress(command.json);
     let options = command.options();
     let report = write::convert(&checkpoint, &command.output, &options, &mut |done, of| {

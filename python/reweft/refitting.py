@@ -318,7 +318,8 @@ def convert(
     Raises:
         UnsupportedError: A tensor cannot be read, or the format has no such dtype or key.
         MismatchError: Tensors share bytes and `shared` does not settle it.
-        UsageError: `dtype` is no float dtype, `out` is a file that the checkpoint is read from, or its extension stands for no format.
+        UsageError: `dtype` is no float dtype, `out` is a file that the checkpoint is read from, or its extension stands
+            for no format.
         FormatError: The file is damaged; `out` is as it was.
         IoError: Reading or writing failed; `out` is as it was.
     """

@@ -75,7 +75,7 @@ pub struct Convert {
     pub output: PathBuf,
     #[command(flatten)]
     pub keys: Keys,
-    /// Convert float tensors to this dtype (float32, bf16, float8_e4m3fn ...), rounding to nearest even as torch does;
+    /// Convert float tensors to this dtype (float32, bf16, f16 ...), rounding to nearest even as torch does;
     /// the others stay, and a note names them.
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,

@@ -66,6 +66,8 @@ class Checkpoint:
     @staticmethod
     def open(path: _StrPath, *, top_level_key: str | None, keys: KeyMap | None, mmap: bool) -> Checkpoint: ...
     @staticmethod
+    def from_bytes(data: bytes, *, name: _StrPath, top_level_key: str | None, keys: KeyMap | None) -> Checkpoint: ...
+    @staticmethod
     def from_buffers(
         name: _StrPath,
         storages: Sequence[NDArray[np.uint8]],

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from reweft.keymap import KeyMap
 
+IN_MEMORY = "<bytes>"
+"""Stands for the path of a checkpoint that was opened from bytes."""
+
 __all__ = ["Checkpoint", "TensorInfo", "open"]
 
 
@@ -182,7 +185,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def open(  # noqa: A001  (`reweft.open` is the name)
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | bytes | bytearray | memoryview,
     *,
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
@@ -191,7 +194,8 @@ def open(  # noqa: A001  (`reweft.open` is the name)
     """Open a checkpoint without running anything in it. Reads metadata only; the format is found by content.
 
     Args:
-        path: A `.pt` file as `torch.save` writes it since 1.6, or a safetensors file, whatever its name.
+        path: A file in any format of torch, or safetensors, whatever its name; or the bytes of one. `bytes` are
+            used where they are, what can still be written to is copied.
         top_level_key: Dotted path of the dict that holds the weights, such as `model_state_dict`.
         keys: Which keys, under which names.
         mmap: Map the file instead of reading from it: no copies, but if another process truncates the file, this
@@ -209,10 +213,10 @@ def open(  # noqa: A001  (`reweft.open` is the name)
         >>> checkpoint["fc.weight"].shape  # doctest: +SKIP
         (10, 64)
     """
-    core = _core.Checkpoint.open(
-        path,
-        top_level_key=top_level_key,
-        keys=None if keys is None else keys._core,  # noqa: SLF001  (one package)
-        mmap=mmap,
-    )
+    core_keys = None if keys is None else keys._core  # noqa: SLF001  (one package)
+    if isinstance(path, bytes | bytearray | memoryview):
+        data = path if isinstance(path, bytes) else bytes(path)
+        core = _core.Checkpoint.from_bytes(data, name=IN_MEMORY, top_level_key=top_level_key, keys=core_keys)
+    else:
+        core = _core.Checkpoint.open(path, top_level_key=top_level_key, keys=core_keys, mmap=mmap)
     return Checkpoint(core)

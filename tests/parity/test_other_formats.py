@@ -6,17 +6,17 @@ import io
 import pickle
 import warnings
 import zipfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import reweft
-from support import raw
+from support import assert_says, raw
 
-if TYPE_CHECKING:
-    from pathlib import Path
+FIXTURES = Path(__file__).parents[2] / "fixtures/checkpoints"
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -232,3 +232,20 @@ def test_legacy_view_that_leaves_its_storage_is_refused(tmp_path: Path) -> None:
         torch.load(tmp_path / "y.pt")
     with pytest.raises(reweft.FormatError, match="storage has 8"):
         reweft.open(tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+@pytest.mark.parametrize("name", ["state_dict.pt", "legacy.pt", "tar_of_2016.pt"])
+def test_bytes_are_read_as_their_file_is(kind: type, name: str) -> None:
+    path = FIXTURES / name
+    content = path.read_bytes()
+    given = kind(bytearray(content) if kind is memoryview else content)
+    opened, filed = reweft.open(given), reweft.open(path)
+    if kind is bytearray:
+        given[:] = bytes(len(given))
+    assert list(opened) == list(filed)
+    for key, info in filed.items():
+        assert bytes(opened[key].read()) == bytes(info.read())
+    with pytest.raises(reweft.FormatError) as error:
+        reweft.open(content[: len(content) // 5])
+    assert_says(error, "<bytes>")

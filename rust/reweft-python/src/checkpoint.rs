@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use reweft::source::{Access, Source};
 use reweft::{Dtype, OpenOptions};
 
@@ -103,17 +104,24 @@ impl Checkpoint {
         mmap: bool,
     ) -> Result<Self> {
         let access = if mmap { Access::Map } else { Access::Read };
-        let named = || keys.and_then(|keys| keys.0.top_level_key()).map(str::to_owned);
-        let top_level_key = top_level_key.or_else(named);
-        let options = OpenOptions { access, top_level_key, ..OpenOptions::default() };
-        py.detach(|| {
-            let checkpoint = reweft::Checkpoint::open(&path, &options)?;
-            let checkpoint = match keys {
-                Some(keys) => checkpoint.rekey(&keys.0)?,
-                None => checkpoint,
-            };
-            Ok(Self(Arc::new(checkpoint)))
-        })
+        let options = options(access, top_level_key, keys);
+        py.detach(|| rekeyed(reweft::Checkpoint::open(&path, &options)?, keys))
+    }
+
+    /// Reads a whole file that is in memory; the bytes are borrowed, not copied.
+    #[staticmethod]
+    #[pyo3(signature = (data, *, name, top_level_key, keys))]
+    fn from_bytes(
+        py: Python<'_>,
+        data: Bound<'_, PyBytes>,
+        name: PathBuf,
+        top_level_key: Option<String>,
+        keys: Option<&KeyMap>,
+    ) -> PyResult<Self> {
+        let source: Source = Arc::new(Borrowed::new(&data)?);
+        let options = options(Access::Read, top_level_key, keys);
+        let opened = py.detach(|| rekeyed(reweft::Checkpoint::from_source(&name, source, &options)?, keys));
+        Ok(opened?)
     }
 
     /// Makes a checkpoint of buffers; they are borrowed, not copied.
@@ -206,6 +214,16 @@ impl Checkpoint {
 pub fn dtype_of(name: &str) -> reweft::Result<Dtype> {
     let unknown = || reweft::Error::new(reweft::ErrorKind::Unsupported, format!("dtype {name} is not known"));
     Dtype::from_name(name).ok_or_else(unknown)
+}
+
+fn options(access: Access, top_level_key: Option<String>, keys: Option<&KeyMap>) -> OpenOptions {
+    let named = || keys.and_then(|keys| keys.0.top_level_key()).map(str::to_owned);
+    OpenOptions { access, top_level_key: top_level_key.or_else(named), ..OpenOptions::default() }
+}
+
+fn rekeyed(checkpoint: reweft::Checkpoint, keys: Option<&KeyMap>) -> Result<Checkpoint> {
+    let checkpoint = if let Some(keys) = keys { checkpoint.rekey(&keys.0)? } else { checkpoint };
+    Ok(Checkpoint(Arc::new(checkpoint)))
 }
 
 fn from_rows(name: &Path, storages: Vec<Source>, tensors: Vec<TensorRow>) -> Result<Checkpoint> {

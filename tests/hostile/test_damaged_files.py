@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import reweft
 import reweft.torch as rt
@@ -253,13 +252,6 @@ def test_foreign_file(kind: str, tmp_path: Path) -> None:
     with pytest.raises((reweft.UnsupportedError, reweft.FormatError)) as error:
         reweft.open(path)
     assert_says(error, path)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is
-def test_torchscript_says_what_it_is(tmp_path: Path) -> None:
-    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))  # type: ignore[no-untyped-call]
-    with pytest.raises(reweft.UnsupportedError, match="TorchScript"):
-        reweft.open(tmp_path / "x.pt")
 
 
 def test_skipped_data_is_not_read_as_zeros_without_a_word(tmp_path: Path) -> None:

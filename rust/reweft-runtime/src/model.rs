@@ -435,7 +435,7 @@ fn shared_bytes(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>) -> Resu
         return Ok(None);
     };
     let info = checkpoint.get(key)?;
-    let in_place = |error: Error| error.of_key(key).in_file(checkpoint.path());
+    let in_place = |error: Error| error.of_key(key).in_file(checkpoint.file_of(info));
     let storage = checkpoint.storage_of(info).map_err(in_place)?;
     if storage.as_slice().map_err(in_place)?.is_none() {
         return Ok(None);

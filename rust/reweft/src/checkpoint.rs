@@ -5,7 +5,11 @@
 
 mod arrays;
 mod derive;
+mod detect;
+mod exported;
 mod flatten;
+mod globals;
+mod json;
 mod made;
 mod module;
 pub(crate) mod numpy;
@@ -13,32 +17,34 @@ mod parts;
 mod persistent;
 mod rebuild;
 mod safetensors;
+mod shards;
 mod storage;
 mod storages;
 mod torch_legacy;
 mod torch_tar;
 mod torch_zip;
+mod torchscript;
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
-use reweft_pickle::Pickle;
 
-use crate::container::{tar, zip::Archive};
 use crate::convert::can_cast;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::{KeyMap, Mapped};
 use crate::limits::Limits;
 use crate::recipe::{Recipe, Step};
-use crate::source::{self, Access, ReadAt, Source};
+use crate::source::{self, Access, Source};
 use crate::tensor::{TensorInfo, contiguous};
 use derive::{Derive, Derived};
+pub(crate) use detect::visit;
 pub use flatten::Value;
-pub(crate) use rebuild::is_tensor;
+pub(crate) use globals::is_tensor;
 pub use storage::Storage;
 pub use storages::Storages;
 
@@ -63,6 +69,12 @@ pub enum Format {
     TorchLegacy,
     /// The tar archive that `torch.save` wrote up to 0.1.10.
     TorchTar,
+    /// A program of TorchScript, as `torch.jit.save` writes it.
+    TorchScript,
+    /// Several files, of which an index says which holds what.
+    Sharded,
+    /// An exported program, as `torch.export.save` writes it.
+    Exported,
     /// One pickle, as `pickle.dump` writes it.
     Pickle,
     /// safetensors.
@@ -78,6 +90,9 @@ impl Format {
             Self::TorchZip => "torch zip",
             Self::TorchLegacy => "torch legacy",
             Self::TorchTar => "torch tar",
+            Self::TorchScript => "TorchScript",
+            Self::Sharded => "shard index",
+            Self::Exported => "exported program",
             Self::Pickle => "pickle",
             Self::Safetensors => "safetensors",
             Self::Memory => "memory",
@@ -115,10 +130,25 @@ struct Contents {
     unknown_globals: Vec<String>,
     metadata: Option<IndexMap<String, String>>,
     notices: Vec<String>,
+    /// The files of a sharded checkpoint; empty if there is one file.
+    shards: Vec<Shard>,
+}
+
+/// One file of several.
+#[derive(Clone, Debug)]
+struct Shard {
+    path: PathBuf,
+    /// The numbers of its storages; those of the next shard follow.
+    storages: Range<usize>,
 }
 
 impl Checkpoint {
     /// Opens a file. Detects the format by content and reads metadata only.
+    ///
+    /// A shard index (`model.safetensors.index.json`) opens the files beside it as one checkpoint. The index is an
+    /// allow-list: what is in a shard and not in the index is not read, and a notice names it. Shards lie in the
+    /// index's folder or below; a link may lead elsewhere in that folder, or, in a snapshot of the Hugging Face cache,
+    /// to the blobs of the same repository, and nowhere else.
     ///
     /// # Errors
     /// [`ErrorKind::Io`], [`ErrorKind::Format`] for a damaged file, [`ErrorKind::Unsupported`] for a format that is not
@@ -134,34 +164,28 @@ impl Checkpoint {
     /// # Ok::<(), reweft::Error>(())
     /// ```
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        if path.is_dir() {
+            return Err(shards::is_a_folder(path));
+        }
         let source = source::open(path, options.access)?;
-        Self::from_source(path, source, options)
+        Self::read_source(path, source, path.parent(), options)
     }
 
-    /// Reads a checkpoint from any source; `name` stands in for the path in messages.
+    /// Reads a checkpoint from any source; `name` stands in for the path in messages. No other file is opened, so a
+    /// shard index is refused.
     ///
     /// # Errors
     /// As [`open`](Self::open).
     pub fn from_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
-        Self::read_source(name, source, options).map_err(|error| error.in_file(name))
+        Self::read_source(name, source, None, options)
     }
 
-    fn read_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
-        let head = source::read_vec(&*source, 0, source.len().min(tar::BLOCK_NBYTES))?;
-        let read = if Archive::detect(&*source) {
-            torch_zip::read(source, options)?
-        } else if tar::detect(&head) {
-            torch_tar::read(&source, options)?
-        } else if safetensors::detect(&*source) {
-            safetensors::read(&source, options)?
-        } else if torch_legacy::detect(&*source) {
-            torch_legacy::read(&source, options)?
-        } else if torch_legacy::detect_pickle(&*source) {
-            torch_legacy::read_pickle(&source, options)?
-        } else {
-            return Err(not_a_checkpoint(&*source));
-        };
-        let Read { format, items, storages, contents } = read;
+    fn read_source(name: &Path, source: Source, folder: Option<&Path>, options: &OpenOptions) -> Result<Self> {
+        let read = detect::read(source, folder, options).map_err(|error| error.in_file(name))?;
+        let Read { format, items, storages, mut contents } = read;
+        // Several pickles may name the same.
+        let mut seen = HashSet::new();
+        contents.unknown_globals.retain(|name| seen.insert(name.clone()));
         Ok(Self {
             path: name.to_owned(),
             format,
@@ -308,6 +332,14 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The file that holds a tensor: [`path`](Self::path), or a shard of it.
+    pub fn file_of(&self, info: &TensorInfo) -> &Path {
+        let shards = &self.contents.shards;
+        // What a key map makes belongs to none of them.
+        let shard = shards.get(shards.partition_point(|shard| shard.storages.end <= info.storage));
+        shard.filter(|shard| shard.storages.contains(&info.storage)).map_or(&self.path, |shard| &shard.path)
+    }
+
     /// The format the file was detected as.
     pub fn format(&self) -> Format {
         self.format
@@ -416,7 +448,7 @@ impl Checkpoint {
     /// [`ErrorKind::Limit`] for a tensor that repeats a small storage very often.
     pub fn read(&self, key: &str) -> Result<Vec<u8>> {
         let info = self.get(key)?;
-        let in_place = |error: Error| error.of_key(key).in_file(&self.path);
+        let in_place = |error: Error| error.of_key(key).in_file(self.file_of(info));
         self.storages.check_repeats(info).map_err(in_place)?;
         let mut bytes = vec![0; source::to_usize(info.nbytes()).map_err(in_place)?];
         self.read_into(key, &contiguous(&info.shape), &mut bytes)?;
@@ -430,7 +462,7 @@ impl Checkpoint {
     /// As [`read`](Self::read), and [`ErrorKind::Usage`] if `out` is not as long as the tensor.
     pub fn read_into(&self, key: &str, strides: &[u64], out: &mut [u8]) -> Result<()> {
         let info = self.get(key)?;
-        self.storages.gather(info, strides, out).map_err(|error| error.of_key(key).in_file(&self.path))
+        self.storages.gather(info, strides, out).map_err(|error| error.of_key(key).in_file(self.file_of(info)))
     }
 
     /// The storage of one of this checkpoint's tensors.
@@ -450,48 +482,24 @@ struct Read {
     contents: Contents,
 }
 
-/// Hands over the pickle of the object that a file holds, for readers of something else than its tensors.
-pub(crate) fn visit<R>(
-    source: Source,
-    options: &OpenOptions,
-    then: impl FnOnce(&Pickle<'_>) -> Result<R>,
-) -> Result<R> {
-    let then = |saved: rebuild::Saved<'_>| then(saved.pickle);
-    let head = source::read_vec(&*source, 0, source.len().min(tar::BLOCK_NBYTES))?;
-    if Archive::detect(&*source) {
-        torch_zip::visit(&Arc::new(Archive::open(source)?), options, then)
-    } else if tar::detect(&head) {
-        torch_tar::visit(&source, &tar::members(&*source)?, options, then)
-    } else if safetensors::detect(&*source) {
-        let what = "this is a safetensors file, which holds nothing but tensors and texts about them";
-        Err(Error::new(ErrorKind::Unsupported, what))
-    } else if torch_legacy::detect(&*source) {
-        torch_legacy::visit(&source, options, then)
-    } else if torch_legacy::detect_pickle(&*source) {
-        torch_legacy::visit_pickle(&source, options, then)
-    } else {
-        Err(not_a_checkpoint(&*source))
-    }
-}
-
-/// Says what a file is that is no checkpoint, as far as its first bytes tell.
-fn not_a_checkpoint(source: &dyn ReadAt) -> Error {
-    let nbytes = source.len().min(64);
-    let head = source::read_vec(source, 0, nbytes).unwrap_or_default();
-    let known: &[(&[u8], &str)] = &[
-        (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`"),
-        (b"<", "an HTML or XML page; the download was probably refused"),
-        (b"\x1f\x8b", "gzip; unpack it first"),
-        (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-        (b"GGUF", "GGUF, which is not read"),
-        (b"\x7fELF", "a native library, not a checkpoint"),
-    ];
-    if nbytes == 0 {
-        return Error::format("the file is empty");
-    }
-    match known.iter().find(|(magic, _)| head.starts_with(magic)) {
-        Some((_, what)) => Error::new(ErrorKind::Unsupported, format!("this is {what}")),
-        None => Error::new(ErrorKind::Unsupported, "this is no checkpoint that reweft reads")
-            .with_hint("formats read: .pt as torch.save writes and wrote it, pickles, safetensors"),
+impl Read {
+    /// Takes in what another reader found, so that storages keep their identity and no key is there twice.
+    fn append(&mut self, other: Self) -> Result<()> {
+        let first = self.storages.len();
+        for (key, mut item) in other.items {
+            if let Item::Tensor(info) = &mut item {
+                info.storage += first;
+            }
+            if self.items.contains_key(&key) {
+                return Err(Error::new(ErrorKind::KeyCollision, "two tensors have this key").of_key(key));
+            }
+            self.items.insert(key, item);
+        }
+        self.storages.extend(other.storages.into_iter().map(|storage| storage.renumbered(first)));
+        let (ours, theirs) = (&mut self.contents, other.contents);
+        ours.values.extend(theirs.values);
+        ours.unknown_globals.extend(theirs.unknown_globals);
+        ours.notices.extend(theirs.notices);
+        Ok(())
     }
 }

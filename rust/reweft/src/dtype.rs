@@ -7,7 +7,7 @@
 use std::fmt;
 
 macro_rules! dtypes {
-    ($($variant:ident, $name:literal, $bits:literal, $c10:expr, $class:expr, $safetensors:expr, $numpy:expr;)*) => {
+    ($($variant:ident, $name:literal, $bits:literal, $c10:expr, $export:expr, $class:expr, $safetensors:expr, $numpy:expr;)*) => {
         /// The type of a tensor's elements.
         ///
         /// Sub-byte types count one element per value ([`Dtype::F4`]) or per byte ([`Dtype::F4x2`]), as their format does.
@@ -23,7 +23,7 @@ macro_rules! dtypes {
 
             const fn row(self) -> Row {
                 match self {
-                    $(Self::$variant => Row { name: $name, bits: $bits, c10: $c10, class: $class, safetensors: $safetensors, numpy: $numpy },)*
+                    $(Self::$variant => Row { name: $name, bits: $bits, c10: $c10, export: $export, class: $class, safetensors: $safetensors, numpy: $numpy },)*
                 }
             }
         }
@@ -35,48 +35,50 @@ struct Row {
     name: &'static str,
     bits: u32,
     c10: Option<i32>,
+    export: Option<u32>,
     class: Option<&'static str>,
     safetensors: Option<&'static str>,
     numpy: Option<&'static str>,
 }
 
-// name in torch, bits an element, c10 code, torch storage class, safetensors name, numpy kind and size
+// name in torch, bits an element, c10 code, code in exported programs, torch storage class, safetensors name, numpy kind and size
 dtypes! {
-    U8,       "uint8",             8,   Some(0),  Some("ByteStorage"),          Some("U8"),         Some("u1");
-    I8,       "int8",              8,   Some(1),  Some("CharStorage"),          Some("I8"),         Some("i1");
-    I16,      "int16",             16,  Some(2),  Some("ShortStorage"),         Some("I16"),        Some("i2");
-    I32,      "int32",             32,  Some(3),  Some("IntStorage"),           Some("I32"),        Some("i4");
-    I64,      "int64",             64,  Some(4),  Some("LongStorage"),          Some("I64"),        Some("i8");
-    F16,      "float16",           16,  Some(5),  Some("HalfStorage"),          Some("F16"),        Some("f2");
-    F32,      "float32",           32,  Some(6),  Some("FloatStorage"),         Some("F32"),        Some("f4");
-    F64,      "float64",           64,  Some(7),  Some("DoubleStorage"),        Some("F64"),        Some("f8");
-    C32,      "complex32",         32,  Some(8),  None,                         None,               None;
-    C64,      "complex64",         64,  Some(9),  Some("ComplexFloatStorage"),  Some("C64"),        Some("c8");
-    C128,     "complex128",        128, Some(10), Some("ComplexDoubleStorage"), None,               Some("c16");
-    Bool,     "bool",              8,   Some(11), Some("BoolStorage"),          Some("BOOL"),       Some("b1");
-    QInt8,    "qint8",             8,   Some(12), Some("QInt8Storage"),         None,               None;
-    QUInt8,   "quint8",            8,   Some(13), Some("QUInt8Storage"),        None,               None;
-    QInt32,   "qint32",            32,  Some(14), Some("QInt32Storage"),        None,               None;
-    BF16,     "bfloat16",          16,  Some(15), Some("BFloat16Storage"),      Some("BF16"),       None;
-    QUInt4x2, "quint4x2",          8,   Some(16), Some("QUInt4x2Storage"),      None,               None;
-    QUInt2x4, "quint2x4",          8,   Some(17), Some("QUInt2x4Storage"),      None,               None;
-    Bits1x8,  "bits1x8",           8,   Some(18), None,                         None,               None;
-    Bits2x4,  "bits2x4",           8,   Some(19), None,                         None,               None;
-    Bits4x2,  "bits4x2",           8,   Some(20), None,                         None,               None;
-    Bits8,    "bits8",             8,   Some(21), None,                         None,               None;
-    Bits16,   "bits16",            16,  Some(22), None,                         None,               None;
-    F8E5M2,   "float8_e5m2",       8,   Some(23), None,                         Some("F8_E5M2"),    None;
-    F8E4M3,   "float8_e4m3fn",     8,   Some(24), None,                         Some("F8_E4M3"),    None;
-    F8E5M2Fnuz, "float8_e5m2fnuz", 8,   Some(25), None,                         Some("F8_E5M2FNUZ"), None;
-    F8E4M3Fnuz, "float8_e4m3fnuz", 8,   Some(26), None,                         Some("F8_E4M3FNUZ"), None;
-    U16,      "uint16",            16,  Some(27), None,                         Some("U16"),        Some("u2");
-    U32,      "uint32",            32,  Some(28), None,                         Some("U32"),        Some("u4");
-    U64,      "uint64",            64,  Some(29), None,                         Some("U64"),        Some("u8");
-    F8E8M0,   "float8_e8m0fnu",    8,   Some(44), None,                         Some("F8_E8M0"),    None;
-    F4x2,     "float4_e2m1fn_x2",  8,   Some(45), None,                         None,               None;
-    F4,       "float4_e2m1fn",     4,   None,     None,                         Some("F4"),         None;
-    F6E2M3,   "float6_e2m3fn",     6,   None,     None,                         Some("F6_E2M3"),    None;
-    F6E3M2,   "float6_e3m2fn",     6,   None,     None,                         Some("F6_E3M2"),    None;
+    U8,       "uint8",             8,   Some(0),  Some(1),  Some("ByteStorage"),          Some("U8"),         Some("u1");
+    I8,       "int8",              8,   Some(1),  Some(2),  Some("CharStorage"),          Some("I8"),         Some("i1");
+    I16,      "int16",             16,  Some(2),  Some(3),  Some("ShortStorage"),         Some("I16"),        Some("i2");
+    I32,      "int32",             32,  Some(3),  Some(4),  Some("IntStorage"),           Some("I32"),        Some("i4");
+    I64,      "int64",             64,  Some(4),  Some(5),  Some("LongStorage"),          Some("I64"),        Some("i8");
+    F16,      "float16",           16,  Some(5),  Some(6),  Some("HalfStorage"),          Some("F16"),        Some("f2");
+    F32,      "float32",           32,  Some(6),  Some(7),  Some("FloatStorage"),         Some("F32"),        Some("f4");
+    F64,      "float64",           64,  Some(7),  Some(8),  Some("DoubleStorage"),        Some("F64"),        Some("f8");
+    C32,      "complex32",         32,  Some(8),  Some(9),  None,                         None,               None;
+    C64,      "complex64",         64,  Some(9),  Some(10), Some("ComplexFloatStorage"),  Some("C64"),        Some("c8");
+    C128,     "complex128",        128, Some(10), Some(11), Some("ComplexDoubleStorage"), None,               Some("c16");
+    Bool,     "bool",              8,   Some(11), Some(12), Some("BoolStorage"),          Some("BOOL"),       Some("b1");
+    QInt8,    "qint8",             8,   Some(12), None,     Some("QInt8Storage"),         None,               None;
+    QUInt8,   "quint8",            8,   Some(13), None,     Some("QUInt8Storage"),        None,               None;
+    QInt32,   "qint32",            32,  Some(14), None,     Some("QInt32Storage"),        None,               None;
+    BF16,     "bfloat16",          16,  Some(15), Some(13), Some("BFloat16Storage"),      Some("BF16"),       None;
+    QUInt4x2, "quint4x2",          8,   Some(16), None,     Some("QUInt4x2Storage"),      None,               None;
+    QUInt2x4, "quint2x4",          8,   Some(17), None,     Some("QUInt2x4Storage"),      None,               None;
+    Bits1x8,  "bits1x8",           8,   Some(18), None,     None,                         None,               None;
+    Bits2x4,  "bits2x4",           8,   Some(19), None,     None,                         None,               None;
+    Bits4x2,  "bits4x2",           8,   Some(20), None,     None,                         None,               None;
+    Bits8,    "bits8",             8,   Some(21), None,     None,                         None,               None;
+    Bits16,   "bits16",            16,  Some(22), None,     None,                         None,               None;
+    F8E5M2,   "float8_e5m2",       8,   Some(23), Some(30), None,                         Some("F8_E5M2"),    None;
+    F8E4M3,   "float8_e4m3fn",     8,   Some(24), Some(29), None,                         Some("F8_E4M3"),    None;
+    F8E5M2Fnuz, "float8_e5m2fnuz", 8,   Some(25), Some(32), None,                         Some("F8_E5M2FNUZ"), None;
+    F8E4M3Fnuz, "float8_e4m3fnuz", 8,   Some(26), Some(31), None,                         Some("F8_E4M3FNUZ"), None;
+    U16,      "uint16",            16,  Some(27), Some(28), None,                         Some("U16"),        Some("u2");
+    U32,      "uint32",            32,  Some(28), Some(34), None,                         Some("U32"),        Some("u4");
+    U64,      "uint64",            64,  Some(29), Some(35), None,                         Some("U64"),        Some("u8");
+    F8E8M0,   "float8_e8m0fnu",    8,   Some(44), Some(33), None,                         Some("F8_E8M0"),    None;
+    F4x2,     "float4_e2m1fn_x2",  8,   Some(45), None,     None,                         None,               None;
+    BC32,     "bcomplex32",        32,  Some(46), None,     None,                         None,               None;
+    F4,       "float4_e2m1fn",     4,   None,     None,     None,                         Some("F4"),         None;
+    F6E2M3,   "float6_e2m3fn",     6,   None,     None,     None,                         Some("F6_E2M3"),    None;
+    F6E3M2,   "float6_e3m2fn",     6,   None,     None,     None,                         Some("F6_E3M2"),    None;
 }
 
 impl Dtype {
@@ -107,6 +109,12 @@ impl Dtype {
         self.row().c10
     }
 
+    /// The code in the configuration of an exported program (`torch._export.serde.schema.ScalarType`), which counts
+    /// otherwise than `c10`.
+    pub const fn export(self) -> Option<u32> {
+        self.row().export
+    }
+
     /// The name in a safetensors header, where the format has one.
     pub const fn safetensors(self) -> Option<&'static str> {
         self.row().safetensors
@@ -120,7 +128,7 @@ impl Dtype {
     /// Bytes that are swapped as one unit in a file of the other byte order: the part size of a complex number.
     pub const fn swap_unit(self) -> usize {
         match self {
-            Self::C32 => 2,
+            Self::C32 | Self::BC32 => 2,
             Self::C64 => 4,
             Self::C128 => 8,
             other => (other.row().bits / 8) as usize,
@@ -181,6 +189,11 @@ impl Dtype {
         Self::ALL.iter().copied().find(|dtype| dtype.safetensors() == Some(name))
     }
 
+    /// Finds a dtype by its code in an exported program.
+    pub fn from_export(code: u32) -> Option<Self> {
+        Self::ALL.iter().copied().find(|dtype| dtype.export() == Some(code))
+    }
+
     /// Finds a dtype by its `c10::ScalarType` code.
     pub fn from_c10(code: i32) -> Option<Self> {
         Self::ALL.iter().copied().find(|dtype| dtype.c10() == Some(code))
@@ -205,6 +218,7 @@ mod tests {
             assert!(seen.insert(format!("name {}", dtype.name())));
             for (kind, value) in [
                 ("c10", dtype.c10().map(|code| code.to_string())),
+                ("export", dtype.export().map(|code| code.to_string())),
                 ("class", dtype.row().class.map(str::to_owned)),
                 ("safetensors", dtype.safetensors().map(str::to_owned)),
                 ("numpy", dtype.numpy().map(str::to_owned)),

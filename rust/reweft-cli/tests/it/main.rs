@@ -40,7 +40,7 @@ fn compare(name: &str, found: &str) {
 
 #[test]
 fn inspect_of_every_fixture_is_as_expected() {
-    for folder in ["checkpoints", "packages", "hostile"] {
+    for folder in ["checkpoints", "packages", "hostile", "shards"] {
         let mut names: Vec<String> = fs::read_dir(fixtures().join(folder))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use reweft_pickle::NodeId;
 
+use super::globals::global_dtype;
 use super::numpy::{self, Array, Data};
-use super::rebuild::{Rebuild, Rebuilt, global_dtype};
+use super::rebuild::{Rebuild, Rebuilt};
 use super::storage::Extent;
 use super::{Item, Storage};
 use crate::convert;

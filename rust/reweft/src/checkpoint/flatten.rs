@@ -10,10 +10,11 @@ use std::fmt;
 use reweft_pickle::{NodeId, Pickle, Value as Node};
 use serde::Serialize;
 
+use super::globals::is_tensor;
 use super::module;
 use super::numpy;
-use super::rebuild::{Part, Rebuild, Rebuilt, is_tensor};
-use super::{Item, Items, OpenOptions};
+use super::rebuild::{Part, Rebuild, Rebuilt};
+use super::{Item, Items, OpenOptions, torchscript};
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
 
@@ -60,6 +61,22 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
         Some(key) => descend(pickle, key)?,
         None => pickle.root(),
     };
+    let flat = flatten_all(pickle, rebuild, options, &[(String::new(), root)])?;
+    if options.top_level_key.is_some() && flat.items.is_empty() {
+        let what = format!("the top-level key leads to {}, which holds no tensor", pickle.describe(root));
+        return Err(Error::new(ErrorKind::NotFound, what).of_key(options.top_level_key.clone().unwrap_or_default()));
+    }
+    Ok(flat)
+}
+
+/// Flattens several values of a pickle; the paths of what a value holds begin with the text beside it, which may be
+/// empty. The limits are for all of them together.
+pub(super) fn flatten_all(
+    pickle: &Pickle<'_>,
+    rebuild: &mut Rebuild<'_>,
+    options: &OpenOptions,
+    roots: &[(String, NodeId)],
+) -> Result<Flat> {
     let expected = rebuild.saved.places.expected_storages();
     let items = Items::with_capacity_and_hasher(expected, foldhash::quality::RandomState::default());
     let per_byte = options.limits.max_expansion;
@@ -73,35 +90,8 @@ pub(super) fn flatten(pickle: &Pickle<'_>, rebuild: &mut Rebuild<'_>, options: &
         path: String::new(),
         leaves: 0,
     };
-    let mut stack = Vec::new();
-    stack.extend(walk.enter(rebuild, root, 0)?);
-    loop {
-        let nested = stack.len() > 1;
-        let Some(frame) = stack.last_mut() else { break };
-        let before = walk.path.len();
-        let Some((name, part)) = frame.children.next() else {
-            walk.path.truncate(frame.path_nbytes);
-            walk.open.remove(&frame.id);
-            stack.pop();
-            continue;
-        };
-        // Not asked of the path: an empty text is a key like any other.
-        if nested {
-            walk.path.push('.');
-        }
-        walk.path.push_str(&name);
-        let entered = match part {
-            Part::Node(id) => walk.enter(rebuild, id, before)?,
-            Part::Item(item) => walk.keep(item).map(|()| None)?,
-        };
-        match entered {
-            Some(frame) => stack.push(frame),
-            None => walk.path.truncate(before),
-        }
-    }
-    if options.top_level_key.is_some() && walk.flat.items.is_empty() {
-        let what = format!("the top-level key leads to {}, which holds no tensor", pickle.describe(root));
-        return Err(Error::new(ErrorKind::NotFound, what).of_key(options.top_level_key.clone().unwrap_or_default()));
+    for (path, root) in roots {
+        walk.run(rebuild, *root, path)?;
     }
     Ok(walk.flat)
 }
@@ -121,6 +111,37 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
+    /// Walks all that can be reached from one value.
+    fn run(&mut self, rebuild: &mut Rebuild<'_>, root: NodeId, path: &str) -> Result<()> {
+        path.clone_into(&mut self.path);
+        let mut stack = Vec::new();
+        stack.extend(self.enter(rebuild, root, path.len())?);
+        loop {
+            let nested = stack.len() > 1 || !path.is_empty();
+            let Some(frame) = stack.last_mut() else { return Ok(()) };
+            let before = self.path.len();
+            let Some((name, part)) = frame.children.next() else {
+                self.path.truncate(frame.path_nbytes);
+                self.open.remove(&frame.id);
+                stack.pop();
+                continue;
+            };
+            // Not asked of the path: an empty text is a key like any other.
+            if nested {
+                self.path.push('.');
+            }
+            self.path.push_str(&name);
+            let entered = match part {
+                Part::Node(id) => self.enter(rebuild, id, before)?,
+                Part::Item(item) => self.keep(item).map(|()| None)?,
+            };
+            match entered {
+                Some(frame) => stack.push(frame),
+                None => self.path.truncate(before),
+            }
+        }
+    }
+
     /// Takes a leaf in, or gives the frame of a container to walk.
     fn enter(&mut self, rebuild: &mut Rebuild<'_>, id: NodeId, path_nbytes: usize) -> Result<Option<Frame<'a>>> {
         self.leaves += 1;
@@ -144,6 +165,7 @@ impl<'a> Walk<'a> {
             }
             None => {}
         }
+        let id = torchscript::value(self.pickle, id);
         if is_plain_list(self.pickle, id) {
             self.note(self.pickle.describe(id));
             return Ok(None);
@@ -185,7 +207,7 @@ impl<'a> Walk<'a> {
 
     fn keep(&mut self, item: Item) -> Result<()> {
         // Nothing is open only where the root itself is a tensor.
-        let key = if self.open.is_empty() { BARE_TENSOR } else { &self.path };
+        let key = if self.open.is_empty() && self.path.is_empty() { BARE_TENSOR } else { &self.path };
         match self.flat.items.insert(key.to_owned(), item) {
             None => Ok(()),
             Some(_) => Err(Error::new(ErrorKind::KeyCollision, "two tensors have this key").of_key(&self.path)),
@@ -220,6 +242,7 @@ type Children<'p> = Vec<(Cow<'p, str>, NodeId)>;
 
 /// Names and values inside a container; `None` if it is none.
 fn children<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Result<Option<Children<'p>>> {
+    let id = torchscript::value(pickle, id);
     if let Some(items) = pickle.as_sequence(id) {
         let numbered = items.iter().enumerate().map(|(number, item)| (number.to_string().into(), *item));
         return Ok(Some(numbered.collect()));

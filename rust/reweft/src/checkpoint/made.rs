@@ -40,6 +40,13 @@ impl Making {
         }
     }
 
+    pub fn operands_mut(&mut self) -> &mut [TensorInfo] {
+        match self {
+            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } => std::slice::from_mut(of),
+            Self::Concat { parts, .. } => parts,
+        }
+    }
+
     pub fn dtype(&self) -> Dtype {
         match self {
             Self::Cast { to, .. } => *to,

@@ -2,7 +2,7 @@
 
 use reweft_pickle::{NodeId, Pickle, Value};
 
-use super::rebuild::Globals;
+use super::globals::Globals;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::TensorInfo;

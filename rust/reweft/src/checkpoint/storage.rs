@@ -84,6 +84,14 @@ impl Storage {
         self.swapped
     }
 
+    /// Adds `first` to the numbers of the storages that the bytes are made of, for a checkpoint of several files.
+    pub(super) fn renumbered(mut self, first: usize) -> Self {
+        if let Place::Made(making, _) = &mut self.place {
+            making.operands_mut().iter_mut().for_each(|of| of.storage += first);
+        }
+        self
+    }
+
     /// How the bytes are made, if they are in no file.
     pub(super) fn making(&self) -> Option<&Making> {
         match &self.place {

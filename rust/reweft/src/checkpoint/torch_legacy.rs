@@ -7,8 +7,9 @@ use std::collections::HashMap;
 
 use reweft_pickle::{Pickle, Value};
 
+use super::globals::Globals;
 use super::persistent::{names_storage, storage_id};
-use super::rebuild::{Globals, Places, Saved};
+use super::rebuild::{Places, Saved};
 use super::torch_zip::read_object;
 use super::{Format, OpenOptions, Read};
 use crate::dtype::Dtype;

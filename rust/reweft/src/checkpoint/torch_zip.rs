@@ -5,26 +5,54 @@ use std::sync::Arc;
 use reweft_pickle::Pickle;
 
 use super::flatten::flatten;
+use super::globals::unknown_globals;
 use super::rebuild::{Places, Rebuild, Saved};
-use super::{Contents, Format, OpenOptions, Read};
+use super::{Contents, Format, OpenOptions, Read, exported, torchscript};
 use crate::container::zip::{Archive, Method};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
 /// Records below the archive's root folder.
 mod paths {
-    pub const PICKLE: &str = "data.pkl";
     pub const BYTE_ORDER: &str = "byteorder";
-    /// Only TorchScript archives have it.
-    pub const CONSTANTS: &str = "constants.pkl";
     pub const PT2_FORMAT: &str = "archive_format";
 }
 
+/// One pickle of an archive, and where its storages are.
+pub(super) struct Pickled {
+    /// The record, below the root folder.
+    pub record: &'static str,
+    /// The folder of the storages, below the root folder.
+    pub storages: &'static str,
+    pub format: Format,
+}
+
+/// What `torch.save` writes.
+const OBJECT: Pickled = Pickled { record: "data.pkl", storages: "data", format: Format::TorchZip };
+
 pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
     let archive = Arc::new(Archive::open(source)?);
-    let mut read = visit(&archive, options, |saved| read_object(saved, options))?;
+    let mut read = if exported::detect_old(&archive) {
+        exported::read_old(&archive, options)?
+    } else {
+        let root = archive.root()?;
+        let has = |path: &str| archive.entries().contains_key(&format!("{root}/{path}"));
+        if has(paths::PT2_FORMAT) {
+            exported::read(&archive, options)?
+        } else if has(torchscript::CONSTANTS.record) {
+            torchscript::read(&archive, options)?
+        } else {
+            visit(&archive, options, |saved| read_object(saved, options))?
+        }
+    };
     read.contents.notices.extend(crc_notices(&archive));
     Ok(read)
+}
+
+/// Reads an archive that must be what `torch.save` writes.
+pub(super) fn read_object_of(source: Source, options: &OpenOptions) -> Result<Read> {
+    let archive = Arc::new(Archive::open(source)?);
+    visit(&archive, options, |saved| read_object(saved, options))
 }
 
 /// Hands over the archive's object, and says where an error of `then` is.
@@ -33,10 +61,21 @@ pub(super) fn visit<R>(
     options: &OpenOptions,
     then: impl FnOnce(Saved<'_>) -> Result<R>,
 ) -> Result<R> {
-    let root = archive.root()?.to_owned();
-    let record = format!("{root}/{}", paths::PICKLE);
-    check_kind(archive, &root, &record)?;
-    let big_endian = is_big_endian(archive, &root)?;
+    let root = archive.root()?;
+    check_kind(archive, root, &format!("{root}/{}", OBJECT.record))?;
+    visit_pickle(archive, &OBJECT, options, then)
+}
+
+/// Hands over one object of an archive that may have several.
+pub(super) fn visit_pickle<R>(
+    archive: &Arc<Archive>,
+    pickled: &Pickled,
+    options: &OpenOptions,
+    then: impl FnOnce(Saved<'_>) -> Result<R>,
+) -> Result<R> {
+    let root = archive.root()?;
+    let record = format!("{root}/{}", pickled.record);
+    let big_endian = is_big_endian(archive, root)?;
     let entry = archive.entry(&record)?;
     let (nbytes, stored) = (entry.nbytes, entry.method == Method::STORED);
     let limit = options.limits.max_metadata_nbytes;
@@ -53,8 +92,9 @@ pub(super) fn visit<R>(
         return Err(in_pickle(error.at(pickle.nbytes() as u64)));
     }
     let origin = if stored { Some((archive.source().clone(), archive.place(&record)?.data.start)) } else { None };
-    let places = Places::Archive(Arc::clone(archive), &root);
-    let (pickle, bytes, format) = (&pickle, bytes.as_slice(), Format::TorchZip);
+    let folder = format!("{root}/{}", pickled.storages);
+    let places = Places::Archive(Arc::clone(archive), &folder);
+    let (pickle, bytes, format) = (&pickle, bytes.as_slice(), pickled.format);
     then(Saved { pickle, bytes, origin, places, big_endian, format }).map_err(in_pickle)
 }
 
@@ -63,7 +103,7 @@ pub(super) fn read_object(saved: Saved<'_>, options: &OpenOptions) -> Result<Rea
     let (pickle, format) = (saved.pickle, saved.format);
     let mut rebuild = Rebuild::new(saved);
     let flat = flatten(pickle, &mut rebuild, options)?;
-    let unknown_globals = rebuild.unknown_globals();
+    let unknown_globals = unknown_globals(pickle);
     let notices = rebuild.take_notices();
     let contents = Contents { values: flat.values, unknown_globals, notices, ..Contents::default() };
     Ok(Read { format, items: flat.items, storages: rebuild.storages, contents })
@@ -72,11 +112,11 @@ pub(super) fn read_object(saved: Saved<'_>, options: &OpenOptions) -> Result<Rea
 /// Tells the other archives that torch writes from a checkpoint.
 fn check_kind(archive: &Archive, root: &str, pickle: &str) -> Result<()> {
     let has = |path: &str| archive.entries().contains_key(&format!("{root}/{path}"));
-    let what = if has(paths::CONSTANTS) {
-        "this is a TorchScript archive, which is not read yet"
+    let what = if has(torchscript::CONSTANTS.record) {
+        "this is a TorchScript archive, not what torch.save writes"
     } else if has(paths::PT2_FORMAT) {
         "this is a .pt2 package, not a checkpoint"
-    } else if has(paths::PICKLE) {
+    } else if has(OBJECT.record) {
         return Ok(());
     } else {
         return Err(Error::new(
@@ -88,7 +128,7 @@ fn check_kind(archive: &Archive, root: &str, pickle: &str) -> Result<()> {
 }
 
 /// An absent record means little-endian: writers before 2.1 had none.
-fn is_big_endian(archive: &Archive, root: &str) -> Result<bool> {
+pub(super) fn is_big_endian(archive: &Archive, root: &str) -> Result<bool> {
     let record = format!("{root}/{}", paths::BYTE_ORDER);
     let Some(entry) = archive.entries().get(&record) else { return Ok(false) };
     let order = if entry.nbytes <= 6 { archive.read(&record)? } else { Vec::new() };

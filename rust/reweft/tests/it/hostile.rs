@@ -17,7 +17,7 @@ fn outcome(result: Result<Checkpoint>) -> String {
 
 #[test]
 fn memory_read_and_mapped_agree_on_every_fixture_error_included() {
-    for folder in ["hostile", "checkpoints"] {
+    for folder in ["hostile", "checkpoints", "packages"] {
         for entry in std::fs::read_dir(fixture(folder)).unwrap() {
             let path = entry.unwrap().path();
             let bytes = Arc::new(std::fs::read(&path).unwrap());
@@ -79,4 +79,25 @@ fn a_checkpoint_is_no_package_and_a_package_no_checkpoint() {
     assert!(error.hint().unwrap().contains("reweft refit ARTIFACT CHECKPOINT"), "{error}");
     let error = Checkpoint::open(&fixture("packages/plain.pt2"), &OpenOptions::default()).unwrap_err();
     assert!(error.to_string().contains("not a checkpoint"), "{error}");
+}
+
+#[test]
+fn an_index_in_memory_opens_no_files() {
+    let path = fixture("shards/model.safetensors.index.json");
+    assert_eq!(Checkpoint::open(&path, &OpenOptions::default()).unwrap().len(), 2);
+    let bytes = Arc::new(std::fs::read(&path).unwrap());
+    let error = Checkpoint::from_source(&path, bytes, &OpenOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("has no folder"), "{error}");
+}
+
+#[test]
+fn every_truncated_index_is_an_error() {
+    let bytes = std::fs::read(fixture("shards/model.safetensors.index.json")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.index.json");
+    for len in 0..bytes.len() {
+        std::fs::write(&path, &bytes[..len]).unwrap();
+        assert!(Checkpoint::open(&path, &OpenOptions::default()).is_err(), "cut to {len} bytes");
+    }
 }

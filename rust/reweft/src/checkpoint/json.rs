@@ -1,0 +1,53 @@
+//! JSON that readers must not understand in two ways: objects whose keys are unique, in the order of the file.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use indexmap::IndexMap;
+use serde::de::{self, Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
+
+use crate::error::{Error, Result};
+
+/// A JSON object that names no key twice; a plain map would keep the last one without a word.
+pub(super) struct Unique<V>(pub IndexMap<String, V>);
+
+impl<V> Default for Unique<V> {
+    fn default() -> Self {
+        Self(IndexMap::new())
+    }
+}
+
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Pairs(PhantomData)).map(Self)
+    }
+}
+
+struct Pairs<V>(PhantomData<V>);
+
+impl<'de, V: Deserialize<'de>> Visitor<'de> for Pairs<V> {
+    type Value = IndexMap<String, V>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut pairs = IndexMap::new();
+        while let Some((key, value)) = map.next_entry::<String, V>()? {
+            if pairs.contains_key(&key) {
+                return Err(de::Error::custom(format!("key {key:?} is there twice")));
+            }
+            pairs.insert(key, value);
+        }
+        Ok(pairs)
+    }
+}
+
+/// Reads a whole document.
+///
+/// # Errors
+/// [`ErrorKind::Format`](crate::ErrorKind::Format) with line and column.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|error| Error::format(format!("JSON: {error}")))
+}

@@ -301,7 +301,8 @@ def convert(
 ) -> ConvertReport:
     """Write a checkpoint in another format, or under other keys.
 
-    Reads all bytes once and checks every CRC; one tensor is in memory at a time. `out` appears whole or not at all.
+    Checks every CRC of what it reads. Memory does not grow with the model, except that a transposed tensor is held
+    whole. `out` appears whole or not at all.
 
     Args:
         checkpoint: A file, or a checkpoint that `reweft.open` gave.
@@ -320,7 +321,7 @@ def convert(
         MismatchError: Tensors share bytes and `shared` does not settle it.
         UsageError: `dtype` is no float dtype, `out` is a file that the checkpoint is read from, or its extension stands
             for no format.
-        FormatError: The file is damaged; `out` is as it was.
+        FormatError: The file is damaged, or changed while it was read; `out` is as it was.
         IoError: Reading or writing failed; `out` is as it was.
     """
     opened = _opened(checkpoint, top_level_key, keys)

@@ -100,7 +100,7 @@ impl Weights {
 
     /// Writes the file `name` in `OUT_DIR`, in the format of its extension, and gives its path; prints directives for cargo.
     ///
-    /// Reads all selected bytes once and checks their CRCs; one tensor is in memory at a time. A file that holds the
+    /// Checks the CRCs of all selected bytes; memory does not grow with the model. A file that holds the
     /// same bytes already keeps its modification time.
     ///
     /// # Errors

@@ -465,6 +465,11 @@ impl Checkpoint {
         self.storages.gather(info, strides, out).map_err(|error| error.of_key(key).in_file(self.file_of(info)))
     }
 
+    /// Reads any view of this checkpoint's storages in row-major order.
+    pub(crate) fn read_view(&self, info: &TensorInfo, out: &mut [u8]) -> Result<()> {
+        self.storages.gather(info, &contiguous(&info.shape), out)
+    }
+
     /// The storage of one of this checkpoint's tensors.
     ///
     /// # Errors

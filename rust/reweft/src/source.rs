@@ -234,8 +234,8 @@ pub fn read_hashed(source: &dyn ReadAt, byte_offset: u64, out: &mut [u8]) -> Res
 /// # Errors
 /// As [`ReadAt::read_exact_at`].
 pub fn crc(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<u32> {
-    /// Bytes read at a time.
-    const CHUNK_NBYTES: u64 = 1 << 20;
+    /// Bytes read at a time: few enough to be still in the second cache when they are hashed.
+    const CHUNK_NBYTES: u64 = 256 << 10;
     let mut hasher = crc32fast::Hasher::new();
     if let Some(bytes) = source.as_slice() {
         hasher.update(slice(bytes, byte_offset, nbytes)?);
@@ -243,10 +243,13 @@ pub fn crc(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<u32> {
     }
     let end = check_range(source.len(), byte_offset, nbytes)?;
     let mut at = byte_offset;
+    let mut chunk = vec![0; to_usize(CHUNK_NBYTES.min(nbytes))?];
     while at < end {
-        let chunk = read_vec(source, at, CHUNK_NBYTES.min(end - at))?;
-        hasher.update(&chunk);
-        at += chunk.len() as u64;
+        let step = CHUNK_NBYTES.min(end - at);
+        let piece = &mut chunk[..to_usize(step)?];
+        source.read_exact_at(at, piece)?;
+        hasher.update(piece);
+        at += step;
     }
     Ok(hasher.finalize())
 }

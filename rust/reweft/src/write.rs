@@ -2,9 +2,11 @@
 
 mod atomic;
 mod convert;
+mod copy;
 mod options;
 mod refit;
 mod safetensors;
+mod transfer;
 mod verify;
 
 pub use atomic::AtomicFile;

@@ -1,5 +1,6 @@
 //! A storage: bytes that tensors share, and the place they are read from.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,7 +8,7 @@ use super::made::Making;
 use crate::container::zip::{Archive, Method, Record};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::source::{self, Source};
+use crate::source::{self, ReadAt, Source};
 
 /// Bytes that one or more tensors are views of.
 #[derive(Debug)]
@@ -156,6 +157,19 @@ impl Storage {
             Place::Range(source, byte_offset, _) => Ok(Some((source, *byte_offset))),
             Place::Made(..) => Ok(None),
         }
+    }
+
+    /// The file of a record with a CRC, and where it lies, from its local header to what follows it; `None` for what is
+    /// no such record, or compressed.
+    pub(crate) fn record_extent(&self) -> Option<(&Source, Range<u64>)> {
+        let record = self.as_record().filter(|record| record.entry.method == Method::STORED)?;
+        Some((self.source()?, record.entry.extent()))
+    }
+
+    /// The offset of a record's first byte, found through a reader of its file that may hold the header already.
+    pub(crate) fn locate_record_in(&self, file: &dyn ReadAt) -> Result<u64> {
+        let record = self.as_record().ok_or_else(|| Error::format("storage is no record"))?;
+        Ok(record.place_in(file)?.data.start)
     }
 
     /// Compares the record's CRC, once. Reads the whole record the first time, nothing afterwards.

@@ -141,7 +141,7 @@ impl Storages {
     ///
     /// # Errors
     /// [`ErrorKind::Limit`].
-    pub(super) fn check_repeats(&self, info: &TensorInfo) -> Result<()> {
+    pub(crate) fn check_repeats(&self, info: &TensorInfo) -> Result<()> {
         let (limit, held) = (self.max_repeated_nbytes, self.get(info.storage)?.nbytes);
         if info.nbytes() <= limit.max(held) {
             return Ok(());

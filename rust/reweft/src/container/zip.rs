@@ -61,6 +61,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// From the local header to what follows the record.
+    pub(crate) fn extent(&self) -> Range<u64> {
+        self.header_offset..self.limit
+    }
+
     /// Whether the writer left the CRC out (torch does with `compute_crc32=False`).
     pub fn crc_is_absent(&self) -> bool {
         self.crc == 0 && self.nbytes > 0
@@ -204,10 +209,15 @@ impl Record<'_> {
     /// # Errors
     /// [`ErrorKind::Format`] where they disagree, [`ErrorKind::Unsupported`] for a compressed record.
     pub fn place(&self) -> Result<Place> {
-        self.find_bytes().map_err(|error| error.in_record(self.name))
+        self.place_in(&*self.archive.source)
     }
 
-    fn find_bytes(&self) -> Result<Place> {
+    /// As [`place`](Self::place), through a reader of the same file that may hold the bytes already.
+    pub(crate) fn place_in(&self, file: &dyn ReadAt) -> Result<Place> {
+        self.find_bytes(file).map_err(|error| error.in_record(self.name))
+    }
+
+    fn find_bytes(&self, file: &dyn ReadAt) -> Result<Place> {
         let entry = self.entry;
         if entry.method != Method::STORED {
             return Err(Error::new(
@@ -216,19 +226,19 @@ impl Record<'_> {
             )
             .with_hint("the file was zipped again; unpack it and store it with `zip -0`"));
         }
-        let start = self.local_header()?;
+        let start = self.local_header(file)?;
         let end = start.checked_add(entry.nbytes).filter(|end| *end <= entry.limit).ok_or_else(|| {
             Error::format(format!("record of {} bytes runs into what follows it", entry.nbytes)).at(start)
         })?;
-        Ok(Place { data: start..end, descriptor: self.descriptor(end)? })
+        Ok(Place { data: start..end, descriptor: self.descriptor(file, end)? })
     }
 
     /// Checks the local header and gives the offset of the data behind it.
-    fn local_header(&self) -> Result<u64> {
+    fn local_header(&self, file: &dyn ReadAt) -> Result<u64> {
         let Self { name, entry, .. } = *self;
         let at = entry.header_offset;
         let fixed = LOCAL_HEADER_NBYTES + name.len() as u64;
-        let header = read_vec(&*self.archive.source, at, fixed)?;
+        let header = read_vec(file, at, fixed)?;
         let field = Fields(&header);
         let disagree = |what: &str| Err(Error::format(format!("local header and directory differ in {what}")).at(at));
         if field.u32(0) != LOCAL_SIGNATURE {
@@ -258,7 +268,7 @@ impl Record<'_> {
     }
 
     /// Checks the data descriptor and that nothing else lies before the next record.
-    fn descriptor(&self, end: u64) -> Result<Option<Range<u64>>> {
+    fn descriptor(&self, file: &dyn ReadAt, end: u64) -> Result<Option<Range<u64>>> {
         let entry = self.entry;
         let left = entry.limit - end;
         if left == 0 {
@@ -267,7 +277,7 @@ impl Record<'_> {
         if entry.flags & FLAG_DESCRIPTOR == 0 || (left != 16 && left != 24) {
             return Err(Error::format(format!("{left} bytes between two records belong to neither")).at(end));
         }
-        let bytes = read_vec(&*self.archive.source, end, left)?;
+        let bytes = read_vec(file, end, left)?;
         let field = Fields(&bytes);
         let sizes = if left == 16 {
             [u64::from(field.u32(8)), u64::from(field.u32(12))]
@@ -300,12 +310,13 @@ impl Record<'_> {
 
     fn inflate(&self) -> Result<Vec<u8>> {
         let entry = self.entry;
-        let start = self.local_header()?;
+        let file = &*self.archive.source;
+        let start = self.local_header(file)?;
         let end = start.checked_add(entry.packed_nbytes).filter(|end| *end <= entry.limit).ok_or_else(|| {
             Error::format(format!("record of {} bytes runs into what follows it", entry.packed_nbytes)).at(start)
         })?;
-        self.descriptor(end)?;
-        let packed = read_vec(&*self.archive.source, start, entry.packed_nbytes)?;
+        self.descriptor(file, end)?;
+        let packed = read_vec(file, start, entry.packed_nbytes)?;
         let mut bytes = Vec::new();
         // One byte more than stated shows that there are more; the buffer grows with what is really there.
         let mut unpacked = flate2::read::DeflateDecoder::new(packed.as_slice()).take(entry.nbytes.saturating_add(1));

@@ -1,7 +1,7 @@
 //! A file that appears whole or not at all.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -42,6 +42,19 @@ impl AtomicFile {
         self.file.as_file()
     }
 
+    /// Writes bytes at a position.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io), with the target's name.
+    pub fn write_at(&self, bytes: &[u8], byte_offset: u64) -> Result<()> {
+        self.as_file().write_all_at(bytes, byte_offset).map_err(|error| self.failed("write", error))
+    }
+
+    /// A system call that failed on this file.
+    pub(super) fn failed(&self, doing: &str, error: std::io::Error) -> Error {
+        Error::io(doing, error).in_file(&self.target)
+    }
+
     /// Gives the file the permissions of another one.
     ///
     /// # Errors
@@ -50,7 +63,7 @@ impl AtomicFile {
         let permissions = of.metadata().map(|metadata| metadata.permissions());
         permissions
             .and_then(|permissions| self.as_file().set_permissions(permissions))
-            .map_err(|error| Error::io("chmod", error).in_file(&self.target))
+            .map_err(|error| self.failed("chmod", error))
     }
 
     /// Syncs the file, renames it to its target and syncs the folder. After an error the target is as it was.
@@ -59,9 +72,8 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io). A failed sync is not tried again: the kernel may have dropped the
     /// pages, so the temporary file is given up.
     pub fn commit(self) -> Result<()> {
-        let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.target);
-        self.file.as_file().sync_all().map_err(|error| failed("fsync", error))?;
-        let folder = File::open(folder(&self.target)).map_err(|error| failed("open folder", error))?;
+        self.file.as_file().sync_all().map_err(|error| self.failed("fsync", error))?;
+        let folder = File::open(folder(&self.target)).map_err(|error| self.failed("open folder", error))?;
         let target = self.target.clone();
         self.commit_unsynced()?;
         folder.sync_all().map_err(|error| Error::io("fsync folder", error).in_file(target))

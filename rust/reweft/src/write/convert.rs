@@ -30,14 +30,16 @@ pub struct ConvertReport {
 
 /// Writes a checkpoint in another format. A safetensors file keeps its `__metadata__`.
 ///
-/// Reads all bytes once and checks every CRC. One tensor is in memory at a time. `out` appears whole or not at all, with
-/// the permissions that the process's umask leaves a new file.
+/// Checks every CRC of what it reads. The kernel copies what can stay as it is; the rest passes through buffers of some
+/// 20 MiB in all, so memory does not grow with the model, except that a tensor whose elements are spread over its
+/// storage (a transposed one) is held whole. `out` appears whole or not at all, with the permissions that the
+/// process's umask leaves a new file.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a tensor that cannot be read, or a dtype or key that the format lacks,
 /// [`ErrorKind::Mismatch`] for shared tensors that `options` do not settle, [`ErrorKind::Usage`] if `out` is a file that
-/// the checkpoint is read from or its extension stands for no format, read errors and [`ErrorKind::Io`]. `out` is then
-/// as it was.
+/// the checkpoint is read from or its extension stands for no format, [`ErrorKind::Format`] for a wrong CRC or a
+/// source that changes meanwhile, [`ErrorKind::Limit`], [`ErrorKind::Io`]. `out` is then as it was.
 ///
 /// # Examples
 /// ```

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::copy::copy_whole;
 use super::{AtomicFile, Progress, refuse_same_file};
 use crate::artifact::{Artifact, Slot, manifest};
 use crate::checkpoint::Checkpoint;
 use crate::container::zip::{Archive, Place};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Finding, Plan};
-use crate::source::{Source, read_vec};
+use crate::source::read_vec;
 
 /// Bytes moved at a time where no slot is replaced.
 const CHUNK_NBYTES: u64 = 1 << 20;
@@ -62,7 +63,7 @@ pub fn refit(
     refuse_same_file(out, checkpoint.path(), "the checkpoint")?;
     let archive = artifact.archive();
     let file = AtomicFile::create(out)?;
-    copy_whole(archive.source(), file.as_file()).map_err(|error| error.in_file(out))?;
+    copy_whole(archive.source(), &file).map_err(|error| error.in_file(artifact.path()))?;
     let mut slots_changed = 0;
     if !plan.refills.is_empty() {
         let record = artifact.weights_record()?;
@@ -97,45 +98,6 @@ fn report(plan: &Plan, checkpoint: &Checkpoint, out: &Path, slots_changed: usize
         nbytes: plan.nbytes(),
         notices: findings.chain(checkpoint.notices().iter().cloned()).collect(),
     }
-}
-
-/// Copies a file: shares its blocks where the file system can, else lets the kernel copy, else goes through memory.
-fn copy_whole(source: &Source, out: &File) -> Result<()> {
-    if let Some(file) = source.file() {
-        if rustix::fs::ioctl_ficlone(out, file).is_ok() {
-            return Ok(());
-        }
-        if copy_by_kernel(file, out, source.len())? {
-            return Ok(());
-        }
-    }
-    let mut at = 0;
-    while at < source.len() {
-        let chunk = read_vec(&**source, at, CHUNK_NBYTES.min(source.len() - at))?;
-        out.write_all_at(&chunk, at).map_err(|error| Error::io("copy", error))?;
-        at += chunk.len() as u64;
-    }
-    Ok(())
-}
-
-/// Copies by `copy_file_range`; false if these two files cannot be copied so. Offsets are explicit, because other
-/// threads may use the same open file.
-fn copy_by_kernel(file: &File, out: &File, nbytes: u64) -> Result<bool> {
-    let (mut from, mut to) = (0, 0);
-    while from < nbytes {
-        let left = usize::try_from(nbytes - from).unwrap_or(usize::MAX);
-        match rustix::fs::copy_file_range(file, Some(&mut from), out, Some(&mut to), left) {
-            Ok(0) => {
-                let what = format!("the file has {from} bytes now, {nbytes} when it was opened");
-                return Err(Error::format(what));
-            }
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            // Nothing was copied and the kernel says that this pair of files is not for it.
-            Err(_) if from == 0 => return Ok(false),
-            Err(error) => return Err(Error::io("copy", error.into())),
-        }
-    }
-    Ok(true)
 }
 
 /// New hashes by slot number, and how many differ.

@@ -1,11 +1,11 @@
 //! Writing safetensors: sizes first, then the header, then tensor after tensor.
 
-use std::io::Write;
 use std::path::Path;
 
 use indexmap::IndexMap;
 use serde::Serialize;
 
+use super::transfer::{Piece, transfer};
 use super::{AtomicFile, ConvertOptions, Progress};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,21 +24,17 @@ pub(super) fn write(
     options: &ConvertOptions,
     progress: Progress<'_>,
 ) -> Result<()> {
-    let (header, order) = header(checkpoint, tensors)?;
+    let (header, starts) = header(checkpoint, tensors)?;
     let nbytes = tensors.iter().map(|(_, info)| info.nbytes()).sum();
     let file = AtomicFile::create(out)?;
-    let mut writer = std::io::BufWriter::with_capacity(1 << 20, file.as_file());
-    let failed = |error| Error::io("write", error).in_file(out);
-    writer.write_all(&header).map_err(failed)?;
+    file.write_at(&header, 0)?;
+    let pieces =
+        tensors.iter().zip(starts).map(|((key, info), start)| Piece { key, info, at: header.len() as u64 + start });
     let mut done = 0;
-    for number in order {
-        let bytes = checkpoint.read(tensors[number].0)?;
-        writer.write_all(&bytes).map_err(failed)?;
-        done += bytes.len() as u64;
+    transfer(checkpoint, &pieces.collect::<Vec<_>>(), &file, false, &mut |moved| {
+        done += moved;
         progress(done, nbytes);
-    }
-    writer.flush().map_err(failed)?;
-    drop(writer);
+    })?;
     if options.sync { file.commit() } else { file.commit_unsynced() }
 }
 
@@ -50,9 +46,9 @@ enum HeaderEntry<'a> {
     Tensor { dtype: &'static str, shape: &'a [u64], data_offsets: (u64, u64) },
 }
 
-/// The bytes before the data, and the order in which tensors follow. The header keeps the order of the keys; the data
+/// The bytes before the data, and where each tensor starts behind them. The header keeps the order of the keys; the data
 /// is sorted by element size, largest first, so that every tensor is aligned to its elements.
-fn header(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<(Vec<u8>, Vec<usize>)> {
+fn header(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<(Vec<u8>, Vec<u64>)> {
     let mut order: Vec<usize> = (0..tensors.len()).collect();
     order.sort_by_key(|number| std::cmp::Reverse(tensors[*number].1.dtype.bits()));
     let mut offsets = vec![(0, 0); tensors.len()];
@@ -66,7 +62,7 @@ fn header(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<(V
     if let Some(metadata) = checkpoint.metadata() {
         json.insert(METADATA_KEY, HeaderEntry::Metadata(metadata));
     }
-    for ((key, info), data_offsets) in tensors.iter().zip(offsets) {
+    for ((key, info), data_offsets) in tensors.iter().zip(&offsets) {
         let unsupported =
             |what: String| Error::new(ErrorKind::Unsupported, what).of_key(*key).in_file(checkpoint.path());
         if *key == METADATA_KEY {
@@ -77,12 +73,12 @@ fn header(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<(V
             unsupported(format!("safetensors has no dtype for {}", info.dtype))
                 .with_hint("leave the key out with --select")
         })?;
-        json.insert(*key, HeaderEntry::Tensor { dtype, shape: &info.shape, data_offsets });
+        json.insert(*key, HeaderEntry::Tensor { dtype, shape: &info.shape, data_offsets: *data_offsets });
     }
     let mut bytes = vec![0; 8];
     serde_json::to_writer(&mut bytes, &json).map_err(|error| Error::io("write", error.into()))?;
     bytes.resize(bytes.len().next_multiple_of(HEADER_ALIGNMENT), b' ');
     let length = (bytes.len() - 8) as u64;
     bytes[..8].copy_from_slice(&length.to_le_bytes());
-    Ok((bytes, order))
+    Ok((bytes, offsets.into_iter().map(|(start, _)| start).collect()))
 }

@@ -133,7 +133,7 @@ impl<'a> Walk<'a> {
             self.path.push_str(&name);
             let entered = match part {
                 Part::Node(id) => self.enter(rebuild, id, before)?,
-                Part::Item(item) => self.keep(item).map(|()| None)?,
+                Part::Item(item) => self.keep(*item).map(|()| None)?,
             };
             match entered {
                 Some(frame) => stack.push(frame),

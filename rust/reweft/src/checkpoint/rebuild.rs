@@ -32,7 +32,8 @@ pub(super) enum Rebuilt {
 /// Something under a name: still to be looked at, or done.
 pub(super) enum Part {
     Node(NodeId),
-    Item(Item),
+    /// Boxed: nearly all parts are nodes, and a container of many should be small.
+    Item(Box<Item>),
 }
 
 /// Where one file keeps the bytes of its storages.
@@ -319,7 +320,7 @@ impl<'p> Rebuild<'p> {
         let scheme = pickle.as_global(*scheme).map_or("unknown scheme", |(_, name)| name);
         let what = format!("{scheme} quantised tensor of {}", info.dtype);
         let mut parts = vec![
-            ("int_repr".to_owned(), Part::Item(Item::Tensor(TensorInfo { dtype, ..info }))),
+            ("int_repr".to_owned(), Part::Item(Box::new(Item::Tensor(TensorInfo { dtype, ..info })))),
             ("scale".to_owned(), Part::Node(*scale)),
             ("zero_point".to_owned(), Part::Node(*zero_point)),
         ];

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from reweft.checkpoint import Checkpoint, TensorInfo, open  # noqa: A004  (`reweft.open` is the name)
 from reweft.config import ConfigDict, ConfigName, ConfigObject, load_config
+from reweft.diff import AbsentTensor, ChangedTensor, ChangedValue, DiffReport, TiedTensors, UnreadableTensor, diff
 from reweft.errors import (
     FormatError,
     IoError,
@@ -35,11 +36,15 @@ from reweft.refitting import (
 )
 
 __all__ = [
+    "AbsentTensor",
+    "ChangedTensor",
+    "ChangedValue",
     "Checkpoint",
     "ConfigDict",
     "ConfigName",
     "ConfigObject",
     "ConvertReport",
+    "DiffReport",
     "Finding",
     "FormatError",
     "IoError",
@@ -54,10 +59,13 @@ __all__ = [
     "ReweftError",
     "RunError",
     "TensorInfo",
+    "TiedTensors",
+    "UnreadableTensor",
     "UnsupportedError",
     "UsageError",
     "VerifyReport",
     "convert",
+    "diff",
     "load_config",
     "open",
     "plan",

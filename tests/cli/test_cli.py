@@ -329,3 +329,63 @@ class TestErrors:
         line = f"set -o pipefail; '{command}' inspect '{path}' | head -1"
         done = subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestDiff:
+    def test_differences_as_a_table(self, cli: Cli, tmp_path: Path) -> None:
+        a = {"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2), "old": torch.ones(1)}
+        b = {"fc.weight": torch.zeros(2, 3), "fc.bias": torch.tensor([0.0, 0.25]), "new": torch.ones(1)}
+        b["fc.weight"][1, 2] = 3
+        save({"model": {f"module.{key}": value for key, value in a.items()}, "epoch": 1}, tmp_path / "a.pt")
+        save(b, tmp_path / "b.pt")
+        done = cli("diff", "a.pt", "b.pt", "--top-level-key", "model", "--strip-prefix", "module.", code=1)
+        lines = done.stdout.splitlines()
+        assert lines[0].split() == ["KEY", "DTYPE", "SHAPE", "DIFFERING", "NAN", "MAX", "ABS", "MAX", "REL", "AT"]
+        assert lines[1].split()[:2] == ["fc.weight", "float32"]
+        assert "1 of 6" in lines[1]
+        assert "3.0000e0" in lines[1]
+        assert "[1, 2]" in lines[1]
+        assert lines[2].startswith("fc.bias")
+        assert lines[3:] == [
+            "only in a: old float32 [1]",
+            "only in b: new float32 [1]",
+            "different: 2 tensors on both sides, 32 bytes compared, 2 differ",
+        ]
+
+    def test_differences_as_json(self, cli: Cli, tmp_path: Path) -> None:
+        save({"w": torch.tensor([1, 2**62])}, tmp_path / "a.pt")
+        save({"m": {"w": torch.tensor([1, 0])}, "x": {1}}, tmp_path / "b.pt")
+        data = cli.json("diff", "a.pt", "b.pt", "--b-top-level-key", "m", code=1)
+        assert data["equal"] is False
+        assert data["changed"][0]["max_abs"] == 2**62
+        assert data["changed"][0]["at"] == [1]
+
+    def test_equal_files_and_choices(self, cli: Cli, tmp_path: Path) -> None:
+        save({"a": torch.ones(1), "b": torch.ones(1), "epoch": 1}, tmp_path / "a.pt")
+        save({"a": torch.ones(1), "b": torch.zeros(1), "epoch": 2}, tmp_path / "b.pt")
+        assert cli("diff", "a.pt", "a.pt").stdout == "equal: 2 tensors on both sides, 8 bytes compared, 0 differ\n"
+        cli("diff", "a.pt", "b.pt", "--only", "^a", code=1)
+        cli("diff", "a.pt", "b.pt", "--only", "^a", "--no-values")
+        assert "value: epoch: int 1 in a, int 2 in b" in cli("diff", "a.pt", "b.pt", code=1).stdout
+        assert "regex" in cli.fails("diff", "a.pt", "b.pt", "--only", "(")
+
+    def test_a_package_against_a_checkpoint(self, cli: Cli, digits: Package, digits_b: Path, tmp_path: Path) -> None:
+        data = cli.json("diff", digits.path, digits_b, code=1)
+        assert data["a"]["format"] == "AOTInductor package"
+        assert data["changed"]
+        cli("refit", digits.path, digits_b, "-o", "new.pt2")
+        assert cli.json("diff", tmp_path / "new.pt2", digits_b)["equal"]
+
+
+class TestConfig:
+    def test_json(self, cli: Cli, tmp_path: Path) -> None:
+        save({"w": torch.ones(1), "cfg": {"lr": 0.1, "big": 10**30, "inf": float("inf")}}, tmp_path / "a.pt")
+        done = cli("config", "a.pt", "--key", "cfg")
+        assert json.loads(done.stdout) == {"lr": 0.1, "big": 10**30, "inf": {"$float": "inf"}}
+        assert done.stderr == ""
+
+    def test_a_tensor_is_an_error_with_its_path(self, cli: Cli, tmp_path: Path) -> None:
+        save({"w": [torch.ones(1)]}, tmp_path / "a.pt")
+        stderr = cli.fails("config", "a.pt")
+        assert 'a.pt: "w.0": ' in stderr
+        assert has_hint(stderr)

@@ -24,6 +24,7 @@ pub enum Command {
     Plan(Plan),
     Refit(Refit),
     Verify(Verify),
+    Diff(Diff),
 }
 
 /// Lists what is in a checkpoint or a compiled package. Reads metadata only.
@@ -154,6 +155,36 @@ pub struct Verify {
     pub json: bool,
 }
 
+/// Shows what differs between two checkpoints, or a checkpoint and a compiled package. Exit status 1 if anything does.
+///
+/// Tensors are matched by name and compared by their elements; what changed most stands first. Equal bytes are equal,
+/// NaN included. Integers are subtracted exactly, floats as float64, complex numbers by the modulus; the relative
+/// difference is over the larger of the two numbers. The options for keys rename A's keys to B's names.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  reweft diff epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='")]
+pub struct Diff {
+    /// A checkpoint or a package; told apart by content.
+    pub a: PathBuf,
+    /// What to compare it with.
+    pub b: PathBuf,
+    #[command(flatten)]
+    pub keys: Keys,
+    /// Dotted path of the dict that holds the weights in B.
+    #[arg(long, value_name = "KEY")]
+    pub b_top_level_key: Option<String>,
+    /// Compare only names that match, after renaming. Repeatable; a name must match one of them.
+    #[arg(long, value_name = "REGEX")]
+    pub only: Vec<String>,
+    /// Compare tensors alone, not what else the files hold.
+    #[arg(long)]
+    pub no_values: bool,
+    /// Print a JSON report.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// A package and the checkpoint for it.
 #[derive(Debug, clap::Args)]
 pub struct Pair {
@@ -207,7 +238,8 @@ impl Keys {
         if keys.is_identity() { Ok(checkpoint) } else { checkpoint.rekey(&keys) }
     }
 
-    fn key_map(&self) -> reweft::Result<KeyMap> {
+    /// The key map that the options say.
+    pub fn key_map(&self) -> reweft::Result<KeyMap> {
         let mut keys = self.from_file.as_deref().map(KeyMap::open).transpose()?.unwrap_or_default();
         for pattern in &self.select {
             keys = keys.select(pattern)?;

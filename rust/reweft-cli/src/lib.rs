@@ -4,6 +4,7 @@
 
 mod args;
 mod config;
+mod diff;
 mod inspect;
 mod output;
 mod weights;
@@ -17,7 +18,7 @@ use args::{Args, Command};
 
 /// The command did what it was asked.
 const DONE: u8 = 0;
-/// `plan` or `verify` found differences.
+/// `plan`, `verify` or `diff` found differences.
 const DIFFERENT: u8 = 1;
 /// Nothing was done.
 const ERROR: u8 = 2;
@@ -40,6 +41,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Plan(command) => weights::plan(command, &mut stdout),
         Command::Refit(command) => weights::refit(command, &mut stdout),
         Command::Verify(command) => weights::verify(command, &mut stdout),
+        Command::Diff(command) => diff::run(command, &mut stdout),
     };
     match result {
         Ok(true) => DONE,

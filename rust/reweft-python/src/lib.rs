@@ -6,6 +6,7 @@
 mod buffer;
 mod checkpoint;
 mod config;
+mod diff;
 mod error;
 mod handles;
 mod model;
@@ -21,6 +22,8 @@ mod _core {
     use crate::checkpoint::{Checkpoint, KeyMap, TensorInfo};
     #[pymodule_export]
     use crate::config::load_config;
+    #[pymodule_export]
+    use crate::diff::diff;
     #[pymodule_export]
     use crate::model::Model;
     #[pymodule_export]

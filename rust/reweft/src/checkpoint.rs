@@ -33,6 +33,7 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
+use crate::config::{self, Config};
 use crate::convert::can_cast;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -118,6 +119,8 @@ pub struct Checkpoint {
     contents: Arc<Contents>,
     top_level_key: Option<String>,
     mapped: Option<Arc<Mapped>>,
+    /// The file and how it was opened, for reading more of it than its tensors.
+    origin: Option<(Source, Limits)>,
 }
 
 /// What a checkpoint's keys lead to. The hasher is seeded at random, so that nobody can choose keys that collide.
@@ -181,6 +184,7 @@ impl Checkpoint {
     }
 
     fn read_source(name: &Path, source: Source, folder: Option<&Path>, options: &OpenOptions) -> Result<Self> {
+        let origin = Some((source.clone(), options.limits.clone()));
         let read = detect::read(source, folder, options).map_err(|error| error.in_file(name))?;
         let Read { format, items, storages, mut contents } = read;
         // Several pickles may name the same.
@@ -194,6 +198,7 @@ impl Checkpoint {
             contents: Arc::new(contents),
             top_level_key: options.top_level_key.clone(),
             mapped: None,
+            origin,
         })
     }
 
@@ -227,6 +232,7 @@ impl Checkpoint {
             contents: Arc::default(),
             top_level_key: None,
             mapped: None,
+            origin: None,
         })
     }
 
@@ -468,6 +474,23 @@ impl Checkpoint {
     /// Reads any view of this checkpoint's storages in row-major order.
     pub(crate) fn read_view(&self, info: &TensorInfo, out: &mut [u8]) -> Result<()> {
         self.storages.gather(info, &contiguous(&info.shape), out)
+    }
+
+    /// Refuses to walk a tensor that repeats a small storage very often.
+    pub(crate) fn check_repeats(&self, key: &str, info: &TensorInfo) -> Result<()> {
+        self.storages.check_repeats(info).map_err(|error| error.of_key(key).in_file(self.file_of(info)))
+    }
+
+    /// Everything in the file's pickle as data, tensors as what they are; `None` for formats that hold tensors alone.
+    pub(crate) fn survey(&self) -> Result<Option<Config>> {
+        let Some((source, limits)) = &self.origin else { return Ok(None) };
+        if !matches!(self.format, Format::TorchZip | Format::TorchLegacy | Format::TorchTar | Format::Pickle) {
+            return Ok(None);
+        }
+        let (top_level_key, limits) = (self.top_level_key.clone(), limits.clone());
+        let options = OpenOptions { top_level_key, limits, ..OpenOptions::default() };
+        let found = visit(source.clone(), &options, |pickle| config::survey(pickle, options.top_level_key.as_deref()));
+        found.map(Some).map_err(|error| error.in_file(&self.path))
     }
 
     /// The storage of one of this checkpoint's tensors.

@@ -18,8 +18,10 @@ use serde::de::DeserializeOwned;
 use crate::checkpoint::{self, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{self, Source};
+pub(crate) use read::survey;
 pub use value::{
-    Array, Clock, Dict, DictClass, Elements, Id, Name, NameKind, Namespace, Object, Pairs, PathParts, Time, Value,
+    Array, Clock, Dict, DictClass, Elements, Id, Name, NameKind, Namespace, Object, Opaque, Pairs, PathParts, Time,
+    Value,
 };
 
 /// Most bytes of a path in a message.
@@ -131,8 +133,8 @@ impl Config {
             let part = match label {
                 Label::Root => break,
                 Label::Item(place) => place.to_string(),
-                Label::Key(key) => self.label_of(*key),
-                Label::IsKey => format!("key {}", self.label_of(id)),
+                Label::Key(key) => self.label(*key),
+                Label::IsKey => format!("key {}", self.label(id)),
             };
             nbytes += part.len();
             parts.push(part);
@@ -150,7 +152,7 @@ impl Config {
     }
 
     /// A key as a path shows it.
-    fn label_of(&self, id: Id) -> String {
+    pub(crate) fn label(&self, id: Id) -> String {
         match self.get(id) {
             Value::Str(text) => text.chars().take(MAX_PATH_NBYTES).collect(),
             Value::Int(number) => number.to_string(),
@@ -159,6 +161,37 @@ impl Config {
             Value::Float(number) => format!("{number:?}"),
             Value::BigInt(number) if number.to_le_bytes().len() < 32 => number.to_string(),
             other => format!("({})", other.kind()),
+        }
+    }
+
+    /// A value that holds no others, short and exact but for long texts and bytes.
+    pub(crate) fn text(&self, id: Id) -> String {
+        /// Longer texts and bytes are told by their length alone.
+        const MAX_NBYTES: usize = 100;
+        match self.get(id) {
+            Value::None => "None".to_owned(),
+            Value::BigInt(number) if number.to_le_bytes().len() <= MAX_NBYTES => number.to_string(),
+            Value::BigInt(number) => format!("of {} bytes", number.to_le_bytes().len()),
+            Value::Complex(parts) => format!("({:?}, {:?})", parts.0, parts.1),
+            Value::Str(text) if text.len() <= MAX_NBYTES => format!("{text:?}"),
+            Value::Str(text) => format!("of {} bytes", text.len()),
+            Value::Surrogates(bytes) | Value::Bytes(bytes) | Value::ByteArray(bytes) if bytes.len() <= MAX_NBYTES => {
+                format!("\"{}\"", bytes.escape_ascii())
+            }
+            Value::Surrogates(bytes) | Value::Bytes(bytes) | Value::ByteArray(bytes) => {
+                format!("of {} bytes", bytes.len())
+            }
+            Value::Name(name) => name.text.clone(),
+            Value::Time(time) => time.to_string(),
+            Value::Uuid(number) => json::uuid(**number),
+            Value::Decimal(text) => text.to_string(),
+            Value::Path(path) => path.to_string(),
+            Value::Array(array) | Value::Scalar(array) => match array.scalar_text() {
+                Some(text) => text,
+                None => format!("of {} {:?}", array.dtype(), array.shape),
+            },
+            Value::Opaque(opaque) => opaque.what.clone(),
+            _ => self.label(id),
         }
     }
 

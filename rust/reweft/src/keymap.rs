@@ -314,7 +314,7 @@ pub struct Comparison<'a> {
     pub unused: Vec<&'a str>,
 }
 
-fn compile(pattern: &str) -> Result<Regex> {
+pub(crate) fn compile(pattern: &str) -> Result<Regex> {
     Regex::new(pattern).map_err(|error| Error::new(ErrorKind::Usage, format!("pattern {pattern:?}: {error}")))
 }
 

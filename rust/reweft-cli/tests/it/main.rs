@@ -75,6 +75,19 @@ fn configs_are_json_or_an_error_with_a_path() {
 }
 
 #[test]
+fn differences_are_listed_by_size() {
+    let diff = |name: &str, args: &[&str]| {
+        compare(&format!("diff/{name}.txt"), &transcript(&[&["diff"], args].concat()));
+    };
+    diff("formats", &["checkpoints/state_dict.pt", "checkpoints/legacy.pt"]);
+    diff("package", &["packages/plain.pt2", "checkpoints/fc.pt"]);
+    diff("other_model", &["checkpoints/training.pt", "checkpoints/fc.pt", "--top-level-key", "model_state_dict"]);
+    diff("values", &["checkpoints/config.pt", "checkpoints/config_legacy.pt"]);
+    diff("arrays", &["checkpoints/arrays.pkl", "checkpoints/arrays5.pkl"]);
+    diff("damaged", &["hostile/wrong_crc.pt", "hostile/wrong_crc.pt"]);
+}
+
+#[test]
 fn plans_say_what_blocks_a_refit() {
     let plan = |name: &str, args: &[&str]| {
         compare(&format!("plan/{name}.txt"), &transcript(&[&["plan"], args].concat()));

@@ -12,7 +12,7 @@ use crate::error::ErrorKind;
 
 impl Node<'_, '_> {
     fn label(self, key: Id) -> String {
-        self.state.config.label_of(key)
+        self.state.config.label(key)
     }
 }
 

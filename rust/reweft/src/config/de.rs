@@ -178,6 +178,7 @@ impl<'c> Node<'_, 'c> {
             }
             Value::Dict(_) | Value::Namespace(_) | Value::Object(_) => node.map(visitor),
             Value::Array(array) => node.array(array, visitor),
+            Value::Opaque(opaque) => cannot(&opaque.what),
             Value::Scalar(scalar) => match scalar.element(0) {
                 Some(value) => node.scalar(value, visitor),
                 None => cannot(&format!("a numpy scalar of {}", scalar.dtype())),

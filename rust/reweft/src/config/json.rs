@@ -185,6 +185,7 @@ impl Config {
                 }
                 array_form(array).ok_or_else(|| cannot(&format!("a numpy array of {}", array.dtype())))?
             }
+            Value::Opaque(opaque) => return Err(cannot(&opaque.what)),
             Value::Scalar(scalar) => {
                 element(scalar, 0).ok_or_else(|| cannot(&format!("a numpy scalar of {}", scalar.dtype())))?
             }
@@ -332,6 +333,21 @@ pub(super) enum Scalar {
 }
 
 impl Array {
+    /// The one element of a scalar, if it is a number.
+    pub(super) fn scalar_text(&self) -> Option<String> {
+        if !self.shape.is_empty() {
+            return None;
+        }
+        let dtype = self.descr.dtype?;
+        match self.element(0)? {
+            Scalar::Number(Number::Bool(value)) => Some(format!("{dtype} {value}")),
+            Scalar::Number(Number::Int(value)) => Some(format!("{dtype} {value}")),
+            Scalar::Number(Number::Float(value)) => Some(format!("{dtype} {value:?}")),
+            Scalar::Number(Number::Complex(re, im)) => Some(format!("{dtype} ({re:?}, {im:?})")),
+            Scalar::Text(_) | Scalar::Bytes(_) => None,
+        }
+    }
+
     /// Where the element stands that is `index`th in row-major order.
     pub(super) fn place(&self, index: usize) -> Option<usize> {
         let (mut rest, mut place) = (index as u64, 0_u64);

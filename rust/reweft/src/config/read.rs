@@ -6,7 +6,7 @@ use std::sync::Arc;
 use reweft_pickle::{How, NodeId, Object as Call, Pickle, Value as Node};
 
 use super::known;
-use super::value::{Array, Dict, DictClass, Elements, Id, Name, NameKind, Object, Pairs, Value};
+use super::value::{Array, Dict, DictClass, Elements, Id, Name, NameKind, Object, Opaque, Pairs, Value};
 use super::{Config, Label};
 use crate::checkpoint::is_tensor;
 use crate::checkpoint::numpy::{self, Data};
@@ -22,6 +22,19 @@ const FACTORIES: &[&str] =
 
 /// Reads the value below `top_level_key` and all that it holds.
 pub(super) fn read(pickle: &Pickle<'_>, top_level_key: Option<&str>) -> Result<Config> {
+    let config = walk(pickle, top_level_key, false)?;
+    config.check_cycles()?;
+    config.check_keys()?;
+    Ok(config)
+}
+
+/// Reads everything in a pickle, with tensors and what is not known as [`Value::Opaque`]. Values may hold themselves,
+/// and dicts may have a key twice.
+pub(crate) fn survey(pickle: &Pickle<'_>, top_level_key: Option<&str>) -> Result<Config> {
+    walk(pickle, top_level_key, true)
+}
+
+fn walk(pickle: &Pickle<'_>, top_level_key: Option<&str>, is_survey: bool) -> Result<Config> {
     let root = match top_level_key {
         Some(key) => descend(pickle, key)?,
         None => pickle.root(),
@@ -36,19 +49,23 @@ pub(super) fn read(pickle: &Pickle<'_>, top_level_key: Option<&str>) -> Result<C
             prefix: top_level_key.unwrap_or_default().to_owned(),
         },
         shared: HashMap::new(),
+        is_survey,
     };
     reader.child(root, Id(0), Label::Root).map_err(|error| error.of_key(top_level_key.unwrap_or_default()))?;
     let mut next = 0;
     while let Some(node) = reader.nodes.get(next).copied() {
         let id = Id(number(next)?);
-        let value = reader.value(node, id).map_err(|error| error.of_key(reader.config.path(id)))?;
+        let value = match reader.value(node, id) {
+            Err(error) if is_survey && error.kind() != ErrorKind::Limit => {
+                let is_tensor = is_tensor(pickle, node);
+                Value::Opaque(Box::new(Opaque { is_tensor, what: error.to_string() }))
+            }
+            found => found.map_err(|error| error.of_key(reader.config.path(id)))?,
+        };
         reader.config.values.push(value);
         next += 1;
     }
-    let config = reader.config;
-    config.check_cycles()?;
-    config.check_keys()?;
-    Ok(config)
+    Ok(reader.config)
 }
 
 fn number(index: usize) -> Result<u32> {
@@ -67,6 +84,7 @@ pub(super) struct Reader<'p> {
     config: Config,
     /// Bytes of arrays by where the pickle has them, so that many arrays over one text cost it once.
     shared: HashMap<usize, Arc<[u8]>>,
+    is_survey: bool,
 }
 
 impl<'p> Reader<'p> {
@@ -154,6 +172,9 @@ impl<'p> Reader<'p> {
         if let Some(data) = numpy::bytearray(pickle, node) {
             return Ok(Value::ByteArray(decoded(data)?));
         }
+        if self.is_survey && is_tensor(pickle, node) {
+            return Err(tensor("a tensor"));
+        }
         if let Some(array) = numpy::array(pickle, node)? {
             return self.array(&array, id);
         }
@@ -173,7 +194,9 @@ impl<'p> Reader<'p> {
             return Err(tensor("a tensor"));
         }
         if let Some(class) = dict_class(pickle, node)? {
-            let plain = call.state().iter().all(|state| pickle.dict(*state).is_some_and(|pairs| pairs.is_empty()));
+            // A state_dict has attributes that say nothing of its values.
+            let plain = self.is_survey
+                || call.state().iter().all(|state| pickle.dict(*state).is_some_and(|pairs| pairs.is_empty()));
             let pairs = pickle.dict(node).filter(|_| plain && call.list_items().is_empty());
             let Some(pairs) = pairs else {
                 return Err(unsupported(format!("it is {} with attributes of its own", pickle.describe(node))));
@@ -335,7 +358,7 @@ impl Config {
                 if let Some(known) = self.key(key)
                     && !seen.insert(known)
                 {
-                    let what = format!("a {} has {} twice", value.kind(), self.label_of(key));
+                    let what = format!("a {} has {} twice", value.kind(), self.label(key));
                     let error = Error::new(ErrorKind::KeyCollision, what);
                     return Err(error.of_key(self.path(Id(number(index)?))));
                 }

@@ -77,6 +77,17 @@ pub enum Value {
     Array(Box<Array>),
     /// A numpy scalar: dtype as numpy spells it, and the bytes.
     Scalar(Box<Array>),
+    /// A tensor, or what is not understood. Only a survey of a whole file has such values.
+    Opaque(Box<Opaque>),
+}
+
+/// What a survey does not look into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opaque {
+    /// Whether it is a tensor.
+    pub is_tensor: bool,
+    /// What it is.
+    pub what: String,
 }
 
 /// A `dict` and its class.
@@ -320,6 +331,8 @@ impl Value {
             Self::Object(_) => "object",
             Self::Array(_) => "numpy array",
             Self::Scalar(_) => "numpy scalar",
+            Self::Opaque(opaque) if opaque.is_tensor => "tensor",
+            Self::Opaque(_) => "value that is not known",
         }
     }
 

@@ -81,7 +81,9 @@ def test_typing_marker_is_shipped() -> None:
     assert (Path(reweft.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", ["RefitReport", "VerifyReport", "ConvertReport", "DiffReport", "Finding", "TensorInfo"])
+@pytest.mark.parametrize(
+    "name", ["RefitReport", "VerifyReport", "ConvertReport", "DiffReport", "Finding", "TensorInfo"]
+)
 def test_results_are_frozen(name: str) -> None:
     kind = getattr(reweft, name)
     made = object.__new__(kind)

@@ -16,6 +16,7 @@ mod memory;
 mod pickle;
 mod safetensors;
 mod sources;
+mod tar;
 mod zip;
 
 /// A fuzz target: its name, which is also that of its folder in `fixtures/seeds`, and its body.
@@ -32,6 +33,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pickle", body: pickle::body },
     Target { name: "zip", body: zip::body },
     Target { name: "legacy", body: legacy::body },
+    Target { name: "tar", body: tar::body },
     Target { name: "safetensors", body: safetensors::body },
 ];
 

@@ -456,7 +456,7 @@ impl Checkpoint {
         let info = self.get(key)?;
         let in_place = |error: Error| error.of_key(key).in_file(self.file_of(info));
         self.storages.check_repeats(info).map_err(in_place)?;
-        let mut bytes = vec![0; source::to_usize(info.nbytes()).map_err(in_place)?];
+        let mut bytes = source::zeroed(info.nbytes()).map_err(in_place)?;
         self.read_into(key, &contiguous(&info.shape), &mut bytes)?;
         Ok(bytes)
     }

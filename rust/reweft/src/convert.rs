@@ -4,7 +4,7 @@ mod cast;
 
 pub use cast::{can_cast, cast, cast_into};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::tensor::{contiguous, same_layout};
 
 /// Copies elements from one layout to another.
@@ -108,12 +108,8 @@ pub fn to_contiguous<'a>(
     if same_layout(shape, strides, &wanted) {
         return Ok(source.into());
     }
-    let numel = crate::tensor::numel(shape).and_then(|numel| usize::try_from(numel).ok());
-    let nbytes = numel.and_then(|numel| numel.checked_mul(itemsize));
-    let Some(nbytes) = nbytes else {
-        return Err(Error::new(ErrorKind::Limit, "tensor does not fit the address space"));
-    };
-    let mut target = vec![0; nbytes];
+    let nbytes = crate::tensor::numel(shape).and_then(|numel| numel.checked_mul(itemsize as u64));
+    let mut target = crate::source::zeroed(nbytes.unwrap_or(u64::MAX))?;
     relayout(itemsize, shape, source, strides, &mut target, &wanted)?;
     Ok(target.into())
 }

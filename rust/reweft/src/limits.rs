@@ -14,6 +14,9 @@ pub struct Limits {
     pub max_expansion: u64,
     /// Bytes of one pickle or metadata record, which are read into memory.
     pub max_metadata_nbytes: u64,
+    /// Bytes that one byte of a compressed pickle may unpack to; the first mebibyte is free. Pickles of checkpoints
+    /// shrink to a fifth.
+    pub max_inflation: u64,
     /// Bytes that a tensor which repeats its storage (stride 0) may take when it is written out.
     pub max_repeated_nbytes: u64,
     /// Values that a config may come to when shared ones are counted wherever they are used.
@@ -32,6 +35,7 @@ impl Default for Limits {
             max_key_nbytes: 4096,
             max_expansion: 64,
             max_metadata_nbytes: 1 << 30,
+            max_inflation: 100,
             max_repeated_nbytes: 1 << 30,
             max_config_nodes: 10_000_000,
             max_config_depth: 128,

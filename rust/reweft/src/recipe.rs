@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::source::to_usize;
+use crate::source::zeroed;
 use crate::tensor::{TensorInfo, contiguous, same_layout};
 
 /// One step. Dimensions may be negative: they count from the last one.
@@ -152,7 +152,7 @@ impl Recipe {
     /// # Errors
     /// As [`evaluate_into`](Self::evaluate_into).
     pub fn evaluate(&self, checkpoint: &Checkpoint, nbytes: u64) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; to_usize(nbytes)?];
+        let mut bytes = zeroed(nbytes)?;
         self.evaluate_into(checkpoint, &mut bytes)?;
         Ok(bytes)
     }

@@ -206,10 +206,25 @@ pub fn slice(bytes: &[u8], byte_offset: u64, nbytes: u64) -> Result<&[u8]> {
 /// As [`ReadAt::read_exact_at`].
 pub fn read_vec(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<Vec<u8>> {
     check_range(source.len(), byte_offset, nbytes)?;
-    let nbytes = to_usize(nbytes)?;
-    let mut bytes = vec![0; nbytes];
+    let mut bytes = zeroed(nbytes)?;
     source.read_exact_at(byte_offset, &mut bytes)?;
     Ok(bytes)
+}
+
+/// A buffer of zeros. What is not touched takes no memory.
+///
+/// # Errors
+/// [`ErrorKind::Limit`](crate::ErrorKind::Limit) where the system does not have so much memory; Rust itself would end
+/// the process.
+pub fn zeroed(nbytes: u64) -> Result<Vec<u8>> {
+    /// Bytes that every system has. Sparse files and records that unpack ask for terabytes.
+    const SURE_NBYTES: usize = 1 << 26;
+    let nbytes = to_usize(nbytes)?;
+    if nbytes > SURE_NBYTES {
+        let short = |_| Error::new(crate::ErrorKind::Limit, format!("{nbytes} bytes of memory are not to be had"));
+        Vec::<u8>::new().try_reserve_exact(nbytes).map_err(short)?;
+    }
+    Ok(vec![0; nbytes])
 }
 
 /// Fills `out` with the bytes that start at `byte_offset`, and gives their CRC-32.
@@ -295,6 +310,12 @@ mod tests {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
         let error = open(&path, Access::Read).unwrap_err();
         assert!(error.to_string().contains("not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_an_error() {
+        assert_eq!(zeroed(1 << 46).unwrap_err().kind(), crate::ErrorKind::Limit);
+        assert_eq!(zeroed(1 << 27).unwrap().len(), 1 << 27);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::storages::Storages;
 use crate::convert;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::{slice, to_usize};
+use crate::source::{slice, to_usize, zeroed};
 use crate::tensor::{TensorInfo, contiguous, numel};
 
 /// Elements that are made at a time where that works in pieces.
@@ -82,7 +82,7 @@ impl Making {
         if out.len() as u64 == nbytes {
             return self.make(storages, out);
         }
-        let mut whole = vec![0; to_usize(nbytes)?];
+        let mut whole = zeroed(nbytes)?;
         self.make(storages, &mut whole)?;
         out.copy_from_slice(slice(&whole, byte_offset, out.len() as u64)?);
         Ok(())
@@ -93,7 +93,7 @@ impl Making {
             Self::Contiguous(of) => storages.gather(of, &contiguous(&of.shape), out),
             Self::Concat { parts, dim } => concat(storages, parts, *dim, out),
             Self::Cast { of, .. } | Self::Signs { of, .. } => {
-                let mut elements = vec![0; to_usize(of.nbytes())?];
+                let mut elements = zeroed(of.nbytes())?;
                 storages.gather(of, &contiguous(&of.shape), &mut elements)?;
                 self.make_elements(&mut elements, out)
             }
@@ -191,7 +191,7 @@ fn concat(storages: &Storages, parts: &[TensorInfo], dim: usize, out: &mut [u8])
     let itemsize = to_usize(first.dtype.itemsize().unwrap_or(1))?;
     let mut before = 0;
     for part in parts {
-        let mut bytes = vec![0; to_usize(part.nbytes())?];
+        let mut bytes = zeroed(part.nbytes())?;
         let own = contiguous(&part.shape);
         storages.gather(part, &own, &mut bytes)?;
         let start = to_usize(before * step)?.saturating_mul(itemsize);

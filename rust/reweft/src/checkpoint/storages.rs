@@ -111,7 +111,7 @@ impl Storages {
                 let window = source::slice(bytes, byte_offset, nbytes)?;
                 convert::relayout(itemsize, &info.shape, window, &info.strides, out, strides)?;
             } else {
-                let mut window = vec![0; source::to_usize(nbytes)?];
+                let mut window = source::zeroed(nbytes)?;
                 self.read_into(info.storage, byte_offset, &mut window)?;
                 convert::relayout(itemsize, &info.shape, &window, &info.strides, out, strides)?;
             }

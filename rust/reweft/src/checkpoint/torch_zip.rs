@@ -12,6 +12,9 @@ use crate::container::zip::{Archive, Method};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
+/// Bytes of a pickle up to which it does not matter how small it was packed.
+const FREE_NBYTES: u64 = 1 << 20;
+
 /// Records below the archive's root folder.
 mod paths {
     pub const BYTE_ORDER: &str = "byteorder";
@@ -81,6 +84,11 @@ pub(super) fn visit_pickle<R>(
     let limit = options.limits.max_metadata_nbytes;
     if nbytes > limit {
         let what = format!("pickle of {nbytes} bytes; max_metadata_nbytes is {limit}");
+        return Err(Error::new(ErrorKind::Limit, what).in_record(record));
+    }
+    let inflation = options.limits.max_inflation;
+    if nbytes > entry.packed_nbytes.saturating_mul(inflation).saturating_add(FREE_NBYTES) {
+        let what = format!("pickle of {nbytes} bytes in {}; max_inflation is {inflation}", entry.packed_nbytes);
         return Err(Error::new(ErrorKind::Limit, what).in_record(record));
     }
     let bytes = archive.read(&record)?;

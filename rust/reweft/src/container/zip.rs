@@ -8,7 +8,7 @@
 mod append;
 mod directory;
 
-use std::io::Read;
+use std::io::Read as _;
 use std::ops::Range;
 
 use indexmap::IndexMap;
@@ -16,6 +16,7 @@ use indexmap::IndexMap;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, Source, read_vec};
 pub use append::append_records;
+use directory::Zip64;
 
 /// Bytes of a local header before its name (APPNOTE 4.3.7).
 const LOCAL_HEADER_NBYTES: u64 = 30;
@@ -257,14 +258,18 @@ impl Record<'_> {
         if !deferred && field.u32(14) != entry.crc {
             return disagree("CRC");
         }
-        for (size, wanted) in [(field.u32(18), entry.packed_nbytes), (field.u32(22), entry.nbytes)] {
-            // All ones mean that the size is in a zip64 field, zero with a descriptor that it follows the data.
-            let elsewhere = size == u32::MAX || deferred && size == 0;
-            if !elsewhere && u64::from(size) != wanted {
+        let (size, packed, extra_nbytes) = (field.u32(22), field.u32(18), u64::from(field.u16(28)));
+        // All ones mean that the size is in a zip64 field, zero with a descriptor that it follows the data.
+        let is_wide = size == u32::MAX || packed == u32::MAX;
+        let extra = if is_wide { read_vec(file, at + fixed, extra_nbytes)? } else { Vec::new() };
+        let mut wide = Zip64::find(&extra)?;
+        for (size, wanted) in [(size, entry.nbytes), (packed, entry.packed_nbytes)] {
+            let size = wide.field(size).map_err(|error| error.at(at))?;
+            if size != wanted && !(deferred && size == 0) {
                 return disagree("size");
             }
         }
-        Ok(at + fixed + u64::from(field.u16(28)))
+        Ok(at + fixed + extra_nbytes)
     }
 
     /// Checks the data descriptor and that nothing else lies before the next record.
@@ -274,18 +279,17 @@ impl Record<'_> {
         if left == 0 {
             return Ok(None);
         }
-        if entry.flags & FLAG_DESCRIPTOR == 0 || (left != 16 && left != 24) {
+        // The signature came into use later than the descriptor, and sizes have 32 or 64 bits.
+        let (signed, wide) = (matches!(left, 16 | 24), left >= 20);
+        if entry.flags & FLAG_DESCRIPTOR == 0 || !matches!(left, 12 | 16 | 20 | 24) {
             return Err(Error::format(format!("{left} bytes between two records belong to neither")).at(end));
         }
         let bytes = read_vec(file, end, left)?;
-        let field = Fields(&bytes);
-        let sizes = if left == 16 {
-            [u64::from(field.u32(8)), u64::from(field.u32(12))]
-        } else {
-            [field.u64(8), field.u64(16)]
-        };
-        let agrees = field.u32(0) == DESCRIPTOR_SIGNATURE && sizes == [entry.packed_nbytes, entry.nbytes];
-        if !agrees || field.u32(4) != entry.crc {
+        let signature = Fields(&bytes).u32(0);
+        let field = Fields(bytes.get(if signed { 4 } else { 0 }..).unwrap_or_default());
+        let sizes = if wide { [field.u64(4), field.u64(12)] } else { [field.u32(4), field.u32(8)].map(u64::from) };
+        let agrees = (!signed || signature == DESCRIPTOR_SIGNATURE) && sizes == [entry.packed_nbytes, entry.nbytes];
+        if !agrees || field.u32(0) != entry.crc {
             return Err(Error::format("data descriptor and directory differ").at(end));
         }
         Ok(Some(end..entry.limit))
@@ -318,13 +322,16 @@ impl Record<'_> {
         self.descriptor(file, end)?;
         let packed = read_vec(file, start, entry.packed_nbytes)?;
         let mut bytes = Vec::new();
+        let mut decoder = flate2::bufread::DeflateDecoder::new(packed.as_slice());
         // One byte more than stated shows that there are more; the buffer grows with what is really there.
-        let mut unpacked = flate2::read::DeflateDecoder::new(packed.as_slice()).take(entry.nbytes.saturating_add(1));
-        unpacked
-            .read_to_end(&mut bytes)
-            .map_err(|error| Error::format(format!("deflated record: {error}")).at(start))?;
+        let unpacked = decoder.by_ref().take(entry.nbytes.saturating_add(1)).read_to_end(&mut bytes);
+        unpacked.map_err(|error| Error::format(format!("deflated record: {error}")).at(start))?;
         if bytes.len() as u64 == entry.nbytes {
-            return Ok(bytes);
+            let left = packed.len() as u64 - decoder.total_in();
+            return match left {
+                0 => Ok(bytes),
+                _ => Err(Error::format(format!("{left} bytes stand behind the deflated record's end")).at(end - left)),
+            };
         }
         let found = if bytes.len() as u64 > entry.nbytes { "more".to_owned() } else { bytes.len().to_string() };
         Err(Error::format(format!("record unpacks to {found} bytes, the archive says {}", entry.nbytes)).at(start))

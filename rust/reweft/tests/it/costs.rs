@@ -8,7 +8,7 @@ use allocation_counter::measure;
 use reweft::{Checkpoint, ErrorKind, Limits, OpenOptions, Result};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::build::{NO_HOOKS, Tensor, dict, int, pt, text};
+use crate::build::{NO_HOOKS, Record, Tensor, Zip, dict, int, pt, text};
 
 fn open(bytes: Vec<u8>) -> Result<Checkpoint> {
     Checkpoint::from_source(Path::new("x"), Arc::new(bytes), &OpenOptions::default())
@@ -122,6 +122,24 @@ fn class_9_containers_in_themselves_are_walked_once() {
 }
 
 #[test]
+fn class_38_a_pickle_that_unpacks_to_very_much() {
+    let pickle = [b"\x80\x02".to_vec(), b"N0".repeat(5 << 20), b"N.".to_vec()].concat();
+    let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+    std::io::Write::write_all(&mut encoder, &pickle).unwrap();
+    let packed = encoder.finish().unwrap();
+    let record = Record { packed, method: 8, ..Record::new("a/data.pkl", &pickle) };
+    let bytes = Zip::of(&[record]).bytes;
+    assert!(bytes.len() < 20_000);
+    let mut outcome = None;
+    let held = measure(|| outcome = Some(open(bytes.clone())));
+    let error = outcome.unwrap().unwrap_err().to_string();
+    assert!(error.contains("max_inflation is 100") && held.bytes_max < 1 << 20, "{error}, {} bytes", held.bytes_max);
+    let limits = Limits { max_inflation: 2000, ..Limits::default() };
+    let options = OpenOptions { limits, ..OpenOptions::default() };
+    assert!(Checkpoint::from_source(Path::new("x"), Arc::new(bytes), &options).unwrap().is_empty());
+}
+
+#[test]
 fn class_57_a_million_keys_are_read() {
     let pickle = [b"\x80\x02".to_vec(), pairs(999_999), b".".to_vec()].concat();
     let mut found = None;
@@ -200,7 +218,7 @@ fn class_57_time_grows_as_the_directory_does() {
         let names: Vec<String> = (0..n).map(|number| format!("a/data/{number}")).collect();
         let mut records: Vec<(&str, &[u8])> = vec![("a/data.pkl", b"\x80\x02}.")];
         records.extend(names.iter().map(|name| (name.as_str(), b"".as_slice())));
-        let mut zip = crate::build::Zip::new(&records);
+        let mut zip = Zip::new(&records);
         zip.widen_end(records.len() as u64);
         zip.bytes
     });

@@ -145,7 +145,7 @@ fn class_33_flags_and_descriptors() {
         let found = refusal(Zip::of(&[record]).bytes);
         assert!(found.contains("encrypted"), "bit {bit}: {found}");
     }
-    for (signature, wide) in [(true, false), (true, true)] {
+    for (signature, wide) in [(true, false), (true, true), (false, false), (false, true)] {
         let record = deferred("a/data.pkl", b"N.", signature, wide);
         let nbytes = record.behind.len();
         let good = Zip::of(&[record]);
@@ -249,6 +249,19 @@ fn class_37_numbers_of_64_bits() {
         assert!(found(wide(&[lie, lie]), &[24, 20]).contains("overlaps what follows it"), "{lie}");
         assert!(found(wide(&[lie]), &[42]).contains("before the archive"), "{lie}");
     }
+    // The same in the local header, which a reader that streams believes.
+    let local = |extra: Vec<u8>, fields: &[usize]| {
+        let mut zip = Zip::of(&[Record { local_extra: extra, ..record() }]);
+        for field in fields {
+            zip.put(zip.local[0] + field, &[0xff; 4]);
+        }
+        refusal(zip.bytes)
+    };
+    assert_eq!(local(wide(&[2, 2]), &[22, 18]), "accepted with 1 records");
+    assert!(local(wide(&[3, 2]), &[22, 18]).contains("differ in size"));
+    assert!(local(wide(&[2, u64::MAX]), &[22, 18]).contains("differ in size"));
+    assert!(local(Vec::new(), &[22]).contains("announced, but absent"));
+    assert!(local(wide(&[2]), &[22, 18]).contains("announced, but absent"));
     let mut differ = Zip::new(RECORDS);
     differ.widen_end(3);
     differ.put(differ.end + 8, &[2, 0, 2, 0]);
@@ -341,6 +354,9 @@ fn class_38_deflated_records_that_lie() {
     cut.packed.truncate(cut.packed.len() / 2);
     assert!(refusal(Zip::of(&[cut]).bytes).contains("deflated record"));
     assert!(refusal(Zip::of(&[Record { packed: vec![0xff; 20], ..record(100) }]).bytes).contains("deflated record"));
+    let mut more = record(10_000);
+    more.packed.push(0);
+    assert!(refusal(Zip::of(&[more]).bytes).contains("1 bytes stand behind the deflated record's end"));
     let other = Record { method: 12, ..Record::new("a/data.pkl", b"N.") };
     assert!(refusal(Zip::of(&[other]).bytes).contains("zip method 12"));
 }

@@ -213,10 +213,10 @@ fn check_sizes(entry: &Entry) -> Result<()> {
 }
 
 /// The 64-bit values of an extra field, taken in the order of the 32-bit ones that say "look there".
-struct Zip64<'a>(&'a [u8]);
+pub(super) struct Zip64<'a>(&'a [u8]);
 
 impl<'a> Zip64<'a> {
-    fn find(mut extra: &'a [u8]) -> Result<Self> {
+    pub(super) fn find(mut extra: &'a [u8]) -> Result<Self> {
         let mut found = None;
         while !extra.is_empty() {
             let field = Fields(extra);
@@ -232,7 +232,7 @@ impl<'a> Zip64<'a> {
         Ok(Self(found.unwrap_or_default()))
     }
 
-    fn field(&mut self, narrow: u32) -> Result<u64> {
+    pub(super) fn field(&mut self, narrow: u32) -> Result<u64> {
         if narrow != u32::MAX {
             return Ok(u64::from(narrow));
         }

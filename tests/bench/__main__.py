@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from . import calling, compiling, replacing
+from . import calling, compiling, converting, files, opening, processes, replacing
 from .machine import Others, facts
 from .rows import table
 from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
 
-TOPICS = (compiling, replacing, calling)
+MODEL_TOPICS = (compiling, replacing, calling)
+FILE_TOPICS = (opening, converting)
 
 
 def say(text: str) -> None:
@@ -41,7 +42,12 @@ def main() -> int:
         say(f"MLP of {LAYERS} layers {WIDTH} x {WIDTH}, batch {BATCH}, float32, {megabytes:.1f} MB of weights")
         say("torch computes with 1 thread; medians of interleaved runs; page cache warm")
         say("ratio above 1: reweft does better\n")
-        say(table([row for topic in TOPICS for row in topic.rows(subject)]))
+        say(table([row for topic in MODEL_TOPICS for row in topic.rows(subject)]))
+        say("\ncheckpoints: 20,000 tensors of 128 bytes, and 200 of 5.2 MB; page cache warm\n")
+        checkpoints = files.prepare(folder)
+        say(table([row for topic in FILE_TOPICS for row in topic.rows(checkpoints)]))
+        if not processes.peers():
+            say("\nleft out: rows of other crates, which could not be fetched or built (tests/bench/peers)")
         say(f"\nother programs used {others.cores():.2f} cores meanwhile")
     return 0
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +9,7 @@ import torch
 import reweft
 import reweft.torch as rt
 
+from . import processes
 from .rows import Row
 from .subject import compile_stock, in_turn
 from .timing import Job, median_seconds
@@ -24,17 +22,14 @@ def rows(subject: Subject) -> list[Row]:
     again, refitted = subject.folder / "again.pt2", subject.folder / "refitted.pt2"
     live = rt.load(subject.package)
     weights = in_turn(subject.checkpoints)
-    built = Path(__file__).parents[2] / "target" / "release" / "reweft"
-    binary = built if built.exists() else Path(sys.executable).with_name("reweft")
 
-    def command() -> None:
-        arguments = ["refit", str(subject.package), str(subject.checkpoints[1]), "-o", str(refitted)]
-        subprocess.run([str(binary), *arguments], check=True, stdout=subprocess.DEVNULL)
+    def refit() -> None:
+        processes.run(processes.command(), "refit", subject.package, subject.checkpoints[1], "-o", refitted)
 
     jobs = {
         "compile": Job(lambda: compile_stock(subject.net, subject.inputs, again)),
         "load": Job(lambda: torch._inductor.aoti_load_package(str(again))),
-        "command": Job(command, repeats=5),
+        "command": Job(refit, repeats=5),
         "call": Job(lambda: reweft.refit(subject.package, subject.checkpoints[1], out=refitted), repeats=5),
         "live": Job(lambda: rt.replace_weights(live, next(weights)), repeats=5),
     }

@@ -14,12 +14,12 @@ class Row:
     ours: float
     peer: float
     peer_is: str
-    unit: Literal["seconds", "calls/s", "x"] = "seconds"
+    unit: Literal["seconds", "calls/s", "x", "MB"] = "seconds"
 
     @property
     def ratio(self) -> float:
-        """How many times better we do: times shorter, or as many times more calls."""
-        return self.peer / self.ours if self.unit == "seconds" else self.ours / self.peer
+        """How many times better we do: times shorter or smaller, or as many times more calls."""
+        return self.peer / self.ours if self.unit in {"seconds", "MB"} else self.ours / self.peer
 
     def cells(self) -> tuple[str, str, str, str, str]:
         return (
@@ -37,6 +37,8 @@ HEADER = ("", "reweft", "peer", "ratio", "the peer is")
 def _text(value: float, unit: str) -> str:
     if unit == "x":
         return f"{value:.2f}x"
+    if unit == "MB":
+        return f"{value:,.0f} MB"
     if unit == "calls/s":
         return f"{value:,.0f} /s"
     if value >= 1:

@@ -20,12 +20,15 @@ class Job:
     """Runs in each round; more for what is quick."""
 
 
-def median_seconds(jobs: Mapping[str, Job], *, rounds: int) -> dict[str, float]:
-    """Seconds of each job: the median over all runs. The rounds go through the jobs in turn."""
+def median_seconds(
+    jobs: Mapping[str, Job], *, rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Seconds of each job: the median over all runs. The rounds go through the jobs in turn; `before` is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
             for _ in range(job.repeats):
+                before()
                 start = time.perf_counter()
                 job.run()
                 seconds[name].append(time.perf_counter() - start)

@@ -10,7 +10,7 @@
 //! the reader panic or recurse, and its time and memory are linear in the input, bounded by
 //! [`Limits`].
 //!
-//! [`disassemble`] prints the opcodes, [`dump`] the values.
+//! [`disassemble`] prints the opcodes, [`dump`] the values. [`Writer`] writes what others then read.
 //!
 //! ```
 //! use reweft_pickle::{Limits, Pickle};
@@ -38,6 +38,7 @@ mod pickle;
 mod text;
 mod value;
 mod vm;
+mod writer;
 
 pub use bigint::BigInt;
 pub use dump::{DumpLimits, disassemble, dump};
@@ -47,3 +48,4 @@ pub use names::python3_name;
 pub use pickle::Pickle;
 pub use text::Text;
 pub use value::{Children, How, NodeId, Object, Value};
+pub use writer::{Memoized, Writer};

@@ -295,7 +295,7 @@ def convert(
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
     dtype: str | None = None,
-    format: Literal["safetensors"] | None = None,  # noqa: A002  (what it is called everywhere)
+    format: Literal["safetensors", "pt"] | None = None,  # noqa: A002  (what it is called everywhere)
     shared: Literal["error", "duplicate", "drop-aliases"] = "error",
     sync: bool = True,
 ) -> ConvertReport:
@@ -311,7 +311,8 @@ def convert(
         keys: Which keys, under which names.
         dtype: Convert float tensors to this dtype, rounding to nearest even as torch does; the others stay, and a
             notice names them.
-        format: The format to write; None goes by the extension of `out`.
+        format: The format to write; None goes by the extension of `out`: `.safetensors`, or `.pt`, `.pth` and `.bin`
+            for what `torch.load` reads with `weights_only=True`, shared storages and strides kept.
         shared: What to do with tensors that share bytes, where the format cannot say so: refuse, write the bytes for
             each key, or write only the first key.
         sync: Wait for the disk. Without it the file may be empty or absent after a power cut.

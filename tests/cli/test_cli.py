@@ -190,6 +190,15 @@ class TestConvert:
         assert "float32" not in dtypes
         assert "float99" in cli.fails("convert", training, "out.safetensors", "--dtype", "float99")
 
+    def test_to_pt_and_what_the_report_says(self, cli: Cli, tmp_path: Path) -> None:
+        base = torch.randn(100)
+        path = save({"a": base[:3], "b": base[1:4]}, tmp_path / "x.pt")
+        done = cli("convert", path, "out.pth")
+        assert "384 bytes that no tensor shows were left out of the storage of a" in done.stderr
+        loaded = torch.load(tmp_path / "out.pth")
+        assert torch.equal(loaded["b"], base[1:4])
+        assert loaded["a"].untyped_storage().data_ptr() == loaded["b"].untyped_storage().data_ptr()
+
 
 class TestPlan:
     def test_good_plan(self, cli: Cli, digits: Package, training: Path) -> None:

@@ -244,10 +244,11 @@ def test_the_kernel_moves_the_payload_of_safetensors(tmp_path: Path) -> None:
 
 
 @needs_strace
-def test_small_records_take_few_system_calls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["y.safetensors", "y.pt"])
+def test_small_records_take_few_system_calls(name: str, tmp_path: Path) -> None:
     path = save({f"layer.{number}.weight": torch.randn(16, 16) for number in range(5000)}, tmp_path / "x.pt")
     log = tmp_path / "log"
-    code, text = run("convert", path, tmp_path / "x.safetensors", "--no-sync", prefix=traced(log))
+    code, text = run("convert", path, tmp_path / name, "--no-sync", prefix=traced(log))
     assert code == 0, text
     assert len(re.findall(r"(pread64|pwrite64|copy_file_range)\(", log.read_text())) < 60
 
@@ -269,9 +270,10 @@ def test_where_the_kernel_does_not_copy_memory_does(error: str, when: str, tmp_p
 @needs_strace
 @pytest.mark.parametrize("call", ["copy_file_range", "pwrite64", "pread64"])
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_a_failed_system_call_leaves_the_target_as_it_was(call: str, error: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["y.safetensors", "y.pt"])
+def test_a_failed_system_call_leaves_the_target_as_it_was(name: str, call: str, error: str, tmp_path: Path) -> None:
     path = save({"a": torch.randn(70000), "b": torch.randn(5)}, tmp_path / "x.pt")
-    out = tmp_path / "x.safetensors"
+    out = tmp_path / name
     out.write_bytes(b"old")
     inject = ("-e", f"inject={call}:error={error}:when={3 if call == 'pread64' else 1}+")
     code, text = run("convert", path, out, prefix=traced(tmp_path / "log", *inject))
@@ -283,9 +285,10 @@ def test_a_failed_system_call_leaves_the_target_as_it_was(call: str, error: str,
 
 @needs_strace
 @pytest.mark.parametrize("call", ["copy_file_range", "pwrite64", "fsync", "rename,renameat,renameat2"])
-def test_killed_at_any_step_the_target_is_as_it_was(call: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["y.safetensors", "y.pt"])
+def test_killed_at_any_step_the_target_is_as_it_was(name: str, call: str, tmp_path: Path) -> None:
     path = save({"a": torch.randn(70000), "b": torch.randn(5)}, tmp_path / "x.pt")
-    out = tmp_path / "x.safetensors"
+    out = tmp_path / name
     out.write_bytes(b"old")
     prefix = (
         "strace",

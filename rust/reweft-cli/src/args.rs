@@ -68,7 +68,8 @@ pub struct Config {
 Examples:
   reweft convert epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='
   reweft convert net.pt net-half.safetensors --dtype bfloat16
-  reweft convert tied.pt net.safetensors --shared drop-aliases")]
+  reweft convert tied.pt net.safetensors --shared drop-aliases
+  reweft convert model.safetensors model.pt")]
 pub struct Convert {
     /// The checkpoint.
     pub input: PathBuf,
@@ -283,12 +284,15 @@ impl From<&Allow> for reweft::plan::Allow {
 pub enum Format {
     /// safetensors (.safetensors).
     Safetensors,
+    /// What torch.save writes (.pt, .pth, .bin); shared storages and strides are kept.
+    Pt,
 }
 
 impl From<Format> for TargetFormat {
     fn from(format: Format) -> Self {
         match format {
             Format::Safetensors => Self::Safetensors,
+            Format::Pt => Self::Torch,
         }
     }
 }

@@ -115,6 +115,16 @@ impl Dtype {
         self.row().export
     }
 
+    /// The storage class that `torch.save` names for it (`FloatStorage`), where there is one.
+    pub const fn storage_class(self) -> Option<&'static str> {
+        self.row().class
+    }
+
+    /// Whether elements mean something only together with a scale that the tensor has beside them.
+    pub const fn is_quantised(self) -> bool {
+        matches!(self, Self::QInt8 | Self::QUInt8 | Self::QInt32 | Self::QUInt4x2 | Self::QUInt2x4)
+    }
+
     /// The name in a safetensors header, where the format has one.
     pub const fn safetensors(self) -> Option<&'static str> {
         self.row().safetensors

@@ -6,6 +6,7 @@ mod copy;
 mod options;
 mod refit;
 mod safetensors;
+mod torch;
 mod transfer;
 mod verify;
 

@@ -5,8 +5,8 @@
 //! names, a lying count) is an error. Source: PKWARE APPNOTE 6.3, sections 4.3.7 to 4.3.16 and 4.5.3; what torch
 //! writes was read from its files.
 
-mod append;
 mod directory;
+mod write;
 
 use std::io::Read as _;
 use std::ops::Range;
@@ -15,8 +15,9 @@ use indexmap::IndexMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, Source, read_vec};
-pub use append::append_records;
 use directory::Zip64;
+pub use write::append_records;
+pub(crate) use write::{NewRecord, tail};
 
 /// Bytes of a local header before its name (APPNOTE 4.3.7).
 const LOCAL_HEADER_NBYTES: u64 = 30;

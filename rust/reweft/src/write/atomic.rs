@@ -79,6 +79,11 @@ impl AtomicFile {
         folder.sync_all().map_err(|error| Error::io("fsync folder", error).in_file(target))
     }
 
+    /// [`commit`](Self::commit), or [`commit_unsynced`](Self::commit_unsynced).
+    pub(super) fn commit_if(self, sync: bool) -> Result<()> {
+        if sync { self.commit() } else { self.commit_unsynced() }
+    }
+
     /// Renames the file to its target and leaves it to the system when the bytes reach the disk: after a power cut the
     /// target may be empty or absent. After an error the target is as it was.
     ///

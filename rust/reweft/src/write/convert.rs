@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde::Serialize;
 
-use super::{ConvertOptions, Progress, Shared, TargetFormat, refuse_same_file, safetensors};
+use super::{ConvertOptions, Progress, Shared, TargetFormat, refuse_same_file, safetensors, torch};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::TensorInfo;
@@ -62,19 +62,30 @@ pub fn convert(
     let format = options.format_of(out)?;
     refuse_source(checkpoint, out)?;
     checkpoint.check_readable()?;
-    let dropped_aliases = settle_shared(checkpoint, options.shared, format)?;
+    let dropped_aliases = match format {
+        TargetFormat::Torch => IndexMap::new(),
+        TargetFormat::Safetensors => settle_shared(checkpoint, options.shared, format)?,
+    };
     let tensors: Vec<_> = checkpoint.tensors().filter(|(key, _)| !dropped_aliases.contains_key(*key)).collect();
-    match format {
+    let more_notices = match format {
         TargetFormat::Safetensors => safetensors::write(checkpoint, &tensors, out, options, progress)?,
-    }
+        TargetFormat::Torch => torch::write(checkpoint, &tensors, out, options, progress)?,
+    };
     Ok(ConvertReport {
         out: out.to_owned(),
         tensors: tensors.len(),
         nbytes: tensors.iter().map(|(_, info)| info.nbytes()).sum(),
         dropped_aliases,
-        not_carried: checkpoint.values().iter().map(ToString::to_string).collect(),
-        notices: checkpoint.notices().to_vec(),
+        not_carried: not_carried(checkpoint, format),
+        notices: checkpoint.notices().iter().cloned().chain(more_notices).collect(),
     })
+}
+
+/// What is no tensor, and metadata that the format has no place for.
+fn not_carried(checkpoint: &Checkpoint, format: TargetFormat) -> Vec<String> {
+    let metadata = checkpoint.metadata().filter(|_| format != TargetFormat::Safetensors);
+    let metadata = metadata.into_iter().flatten().map(|(name, _)| format!("__metadata__.{name}"));
+    checkpoint.values().iter().map(ToString::to_string).chain(metadata).collect()
 }
 
 /// Refuses to write over any file that the checkpoint's bytes come from, under whichever name.

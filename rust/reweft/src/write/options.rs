@@ -57,16 +57,20 @@ impl ConvertOptions {
 pub enum TargetFormat {
     /// safetensors.
     Safetensors,
+    /// The zip archive that `torch.save` writes: a dict from keys to tensors that `torch.load` reads with
+    /// `weights_only=True`. Shared storages and strides are kept.
+    Torch,
 }
 
 impl TargetFormat {
     /// Every format, in the order in which messages list them.
-    pub const ALL: &'static [Self] = &[Self::Safetensors];
+    pub const ALL: &'static [Self] = &[Self::Safetensors, Self::Torch];
 
     /// The name by which a user chooses it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Safetensors => "safetensors",
+            Self::Torch => "pt",
         }
     }
 
@@ -74,6 +78,7 @@ impl TargetFormat {
     pub const fn extensions(self) -> &'static [&'static str] {
         match self {
             Self::Safetensors => &["safetensors"],
+            Self::Torch => &["pt", "pth", "bin"],
         }
     }
 
@@ -116,6 +121,9 @@ mod tests {
         let options = ConvertOptions::default();
         for name in ["a.safetensors", "a.b.SafeTensors"] {
             assert_eq!(options.format_of(Path::new(name)).unwrap(), TargetFormat::Safetensors, "{name}");
+        }
+        for name in ["a.pt", "a.pth", "a.bin"] {
+            assert_eq!(options.format_of(Path::new(name)).unwrap(), TargetFormat::Torch, "{name}");
         }
         for name in ["a", "safetensors", ".safetensors", "a.safetensors.tmp", "a."] {
             let error = options.format_of(Path::new(name)).unwrap_err();

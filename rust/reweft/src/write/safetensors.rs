@@ -16,26 +16,23 @@ const HEADER_ALIGNMENT: usize = 8;
 /// The key under which the format keeps its free-form metadata.
 const METADATA_KEY: &str = "__metadata__";
 
-/// Writes tensors as one file with the checkpoint's own `__metadata__`.
+/// Writes tensors as one file with the checkpoint's own `__metadata__`. Gives notices: there are none.
 pub(super) fn write(
     checkpoint: &Checkpoint,
     tensors: &[(&str, &TensorInfo)],
     out: &Path,
     options: &ConvertOptions,
     progress: Progress<'_>,
-) -> Result<()> {
+) -> Result<Vec<String>> {
     let (header, starts) = header(checkpoint, tensors)?;
-    let nbytes = tensors.iter().map(|(_, info)| info.nbytes()).sum();
     let file = AtomicFile::create(out)?;
     file.write_at(&header, 0)?;
+    let at = |start| header.len() as u64 + start;
     let pieces =
-        tensors.iter().zip(starts).map(|((key, info), start)| Piece { key, info, at: header.len() as u64 + start });
-    let mut done = 0;
-    transfer(checkpoint, &pieces.collect::<Vec<_>>(), &file, false, &mut |moved| {
-        done += moved;
-        progress(done, nbytes);
-    })?;
-    if options.sync { file.commit() } else { file.commit_unsynced() }
+        tensors.iter().zip(starts).map(|((key, info), start)| Piece { key, info, at: at(start), record: None });
+    transfer(checkpoint, &pieces.collect::<Vec<_>>(), &file, progress)?;
+    file.commit_if(options.sync)?;
+    Ok(Vec::new())
 }
 
 /// One entry of the header.

@@ -17,9 +17,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 
-use super::AtomicFile;
 use super::copy::copy_range;
+use super::{AtomicFile, Progress};
 use crate::checkpoint::{Checkpoint, Storage};
+use crate::container::zip::NewRecord;
 use crate::error::{Error, Result};
 use crate::source::{self, Source};
 use crate::tensor::TensorInfo;
@@ -37,10 +38,12 @@ pub(super) struct Piece<'a> {
     pub info: &'a TensorInfo,
     /// Where its first byte goes in the output file.
     pub at: u64,
+    /// The record of a new archive that it fills: header and descriptor are written around it.
+    pub record: Option<&'a NewRecord>,
 }
 
-/// Writes all pieces to `out` and checks every CRC of what it reads. Gives the CRC-32 of each piece if `crcs` are
-/// wanted, else zeros. `progress` is told how many bytes were written since it was last called.
+/// Writes all pieces to `out` and checks every CRC of what it reads. Gives the CRC-32 of each piece that is a record, and
+/// 0 for others.
 ///
 /// # Errors
 /// Read errors; [`ErrorKind::Format`](crate::ErrorKind::Format) for a wrong CRC or a source that changed meanwhile;
@@ -49,12 +52,16 @@ pub(super) fn transfer(
     checkpoint: &Checkpoint,
     pieces: &[Piece<'_>],
     out: &AtomicFile,
-    crcs: bool,
-    progress: &mut dyn FnMut(u64),
+    progress: Progress<'_>,
 ) -> Result<Vec<u32>> {
     let before = stats(checkpoint)?;
-    let job = Job::plan(checkpoint, pieces, out, crcs)?;
-    job.run(progress)?;
+    let job = Job::plan(checkpoint, pieces, out)?;
+    let (mut done, nbytes) = (0, pieces.iter().map(|piece| piece.info.nbytes()).sum::<u64>());
+    job.run(&mut |moved| {
+        done = nbytes.min(done + moved);
+        progress(done, nbytes);
+    })?;
+    job.write_records()?;
     // A source that somebody writes to could have been read before, and copied after, the change.
     for (file, before) in checkpoint.files().zip(&before) {
         let after = file.metadata().map_err(|error| Error::io("stat", error).in_file(checkpoint.path()))?;
@@ -75,9 +82,8 @@ struct Job<'a> {
     checkpoint: &'a Checkpoint,
     pieces: &'a [Piece<'a>],
     out: &'a AtomicFile,
-    /// Of each piece; they stay 0 if nobody wants them.
+    /// Of each piece; 0 if nobody wants it.
     crcs: Vec<AtomicU32>,
-    want_crcs: bool,
     copies: Vec<Copy<'a>>,
     small: Vec<Small<'a>>,
     /// Numbers of pieces that are read in slabs.
@@ -107,10 +113,10 @@ struct Check<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn plan(checkpoint: &'a Checkpoint, pieces: &'a [Piece<'a>], out: &'a AtomicFile, want_crcs: bool) -> Result<Self> {
+    fn plan(checkpoint: &'a Checkpoint, pieces: &'a [Piece<'a>], out: &'a AtomicFile) -> Result<Self> {
         let crcs = pieces.iter().map(|_| AtomicU32::new(0)).collect();
         let (copies, small, streams, checks) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let mut job = Self { checkpoint, pieces, out, crcs, want_crcs, copies, small, streams, checks };
+        let mut job = Self { checkpoint, pieces, out, crcs, copies, small, streams, checks };
         // By storage number: each record is checked once, whatever is taken of it.
         let mut checked = vec![false; checkpoint.storages().len()];
         for (number, piece) in pieces.iter().enumerate() {
@@ -146,7 +152,7 @@ impl<'a> Job<'a> {
         let whole = nbytes == storage.nbytes;
         let key = piece.key;
         let check = |start, nbytes, record, piece| Check { source, start, nbytes, record, piece, key };
-        let mut crc_of_piece = self.want_crcs.then_some(number);
+        let mut crc_of_piece = piece.record.map(|_| number);
         if storage.record_extent().is_some() && !std::mem::replace(&mut checked[piece.info.storage], true) {
             // One pass serves both if the piece is the record.
             let same = if whole { crc_of_piece.take() } else { None };
@@ -212,6 +218,20 @@ impl<'a> Job<'a> {
                 break;
             }
             copied.map_err(|error| self.in_place(copy.key, error))?;
+        }
+        Ok(())
+    }
+
+    /// Writes header and descriptor of records whose bytes are written; small ones have theirs already.
+    fn write_records(&self) -> Result<()> {
+        let mut done = vec![false; self.pieces.len()];
+        self.small.iter().for_each(|small| done[small.piece] = true);
+        for ((piece, crc), done) in self.pieces.iter().zip(&self.crcs).zip(done) {
+            if let (Some(record), false) = (piece.record, done) {
+                self.out.write_at(&record.header(), record.header_offset())?;
+                let descriptor = record.descriptor(crc.load(Ordering::Relaxed));
+                self.out.write_at(&descriptor, piece.at + piece.info.nbytes())?;
+            }
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Job, Piece, SMALL_NBYTES};
 use crate::checkpoint::Storage;
+use crate::container::zip::NewRecord;
 use crate::convert;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, Source, slice, to_usize};
@@ -19,7 +20,7 @@ const GAP_NBYTES: u64 = 64 << 10;
 
 /// A piece in a small record.
 pub(super) struct Small<'a> {
-    piece: usize,
+    pub piece: usize,
     storage: &'a Storage,
     source: &'a Source,
     /// The record in its file, with header and descriptor.
@@ -77,11 +78,14 @@ impl Job<'_> {
         for small in batch {
             let piece = &self.pieces[small.piece];
             let mut write = || {
-                let record = held.record(small.storage)?;
-                let target = gathered.room(piece, progress)?;
-                place(small.storage, piece.info, record, target)?;
-                if self.want_crcs {
-                    self.crcs[small.piece].store(crc32fast::hash(target), Ordering::Relaxed);
+                let bytes = held.record(small.storage)?;
+                gathered.begin(piece, progress)?;
+                let target = gathered.room(piece.info.nbytes())?;
+                place(small.storage, piece.info, bytes, target)?;
+                if let Some(record) = piece.record {
+                    let crc = crc32fast::hash(target);
+                    self.crcs[small.piece].store(crc, Ordering::Relaxed);
+                    gathered.bytes.extend(record.descriptor(crc));
                 }
                 Ok(())
             };
@@ -120,14 +124,21 @@ struct Gathered<'j, 'a> {
 }
 
 impl Gathered<'_, '_> {
-    /// Room for a piece, behind the one before if that is its place.
-    fn room(&mut self, piece: &Piece<'_>, progress: &mut dyn FnMut(u64)) -> Result<&mut [u8]> {
-        let nbytes = piece.info.nbytes();
-        let end = self.at + self.bytes.len() as u64;
-        if piece.at != end || self.bytes.len() as u64 + nbytes > WINDOW_NBYTES {
+    /// Goes to where a piece starts, which is here if it is neighbour to the one before, and writes its record's header.
+    fn begin(&mut self, piece: &Piece<'_>, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let held = self.bytes.len() as u64;
+        let start = piece.record.map_or(piece.at, NewRecord::header_offset);
+        if self.at + held != start || held + piece.info.nbytes() > WINDOW_NBYTES {
             self.flush(progress)?;
-            self.at = piece.at;
+            self.at = start;
         }
+        if let Some(record) = piece.record {
+            self.bytes.extend(record.header());
+        }
+        Ok(())
+    }
+
+    fn room(&mut self, nbytes: u64) -> Result<&mut [u8]> {
         let start = self.bytes.len();
         self.bytes.resize(start + to_usize(nbytes)?, 0);
         Ok(&mut self.bytes[start..])

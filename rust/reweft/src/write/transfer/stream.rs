@@ -36,7 +36,7 @@ impl Job<'_> {
             let bytes = &mut buffers.0;
             bytes.resize(to_usize(slab.nbytes())?, 0);
             checkpoint.read_view(&slab, bytes)?;
-            if self.want_crcs {
+            if piece.record.is_some() {
                 hasher.update(bytes);
             }
             self.out.write_at(bytes, at)?;
@@ -47,7 +47,7 @@ impl Job<'_> {
                 *bytes = Vec::new();
             }
         }
-        Ok(if self.want_crcs { hasher.finalize() } else { 0 })
+        Ok(if piece.record.is_some() { hasher.finalize() } else { 0 })
     }
 }
 

@@ -151,8 +151,8 @@ impl Tally {
                     None
                 }
                 Kind::Int => self.add_ints(&left, &right),
-                Kind::Float => self.add_floats(&left, &right)?,
-                Kind::Complex => self.add_complex(&left, &right)?,
+                Kind::Float => self.add_numbers((left.floats()?, right.floats()?), &left, &right),
+                Kind::Complex => self.add_numbers((left.complex()?, right.complex()?), &left, &right),
             };
             largest = found.map(|place| number * BLOCK + place).or(largest);
         }
@@ -179,48 +179,39 @@ impl Tally {
         found
     }
 
-    fn add_floats(&mut self, a: &Elements<'_>, b: &Elements<'_>) -> Result<Option<usize>> {
-        let pairs = a.floats()?.into_iter().zip(b.floats()?).map(|(left, right)| ((left, 0.0), (right, 0.0)));
-        Ok(self.add_pairs(pairs, a, b))
-    }
-
-    fn add_complex(&mut self, a: &Elements<'_>, b: &Elements<'_>) -> Result<Option<usize>> {
-        let pairs = a.complex()?.into_iter().zip(b.complex()?);
-        Ok(self.add_pairs(pairs, a, b))
-    }
-
-    fn add_pairs(
+    /// Floats or complex numbers, in the order of the elements that they were decoded from.
+    fn add_numbers<T: Float>(
         &mut self,
-        pairs: impl Iterator<Item = ((f64, f64), (f64, f64))>,
+        numbers: (Vec<T>, Vec<T>),
         a: &Elements<'_>,
         b: &Elements<'_>,
     ) -> Option<usize> {
         let (unit_a, unit_b) = (unit(a.dtype), unit(b.dtype));
-        let bits = |place: usize| {
+        let same_bits = |place: usize| {
             let left = a.bytes.get(place * unit_a..(place + 1) * unit_a);
-            (a.dtype == b.dtype).then_some((left, b.bytes.get(place * unit_b..(place + 1) * unit_b)))
+            a.dtype != b.dtype || left == b.bytes.get(place * unit_b..(place + 1) * unit_b)
         };
-        let mut found = None;
-        for (place, (left, right)) in pairs.enumerate() {
-            let differs = match bits(place) {
-                Some((left, right)) => left != right,
-                None => left != right && !(is_nan(left) && is_nan(right)),
-            };
-            if !differs {
+        let before = self.max_abs.map_or(-1.0, Magnitude::value);
+        let (mut largest, mut found) = (before, None);
+        for (place, (left, right)) in numbers.0.into_iter().zip(numbers.1).enumerate() {
+            let (left_nan, right_nan) = (left.is_nan(), right.is_nan());
+            // Zeros of either sign are equal, NaN never is: only bits tell.
+            if (left == right || left_nan && right_nan) && same_bits(place) {
                 continue;
             }
             self.differing += 1;
-            match (is_nan(left), is_nan(right)) {
-                (true, true) => self.nan_bits += 1,
-                (false, false) => {
-                    let (abs, rel) = distance(left, right);
-                    self.max_rel = self.max_rel.max(rel);
-                    if self.raise(Magnitude::Float(abs)) {
-                        found = Some(place);
-                    }
-                }
-                _ => self.nan += 1,
+            if left_nan || right_nan {
+                *(if left_nan && right_nan { &mut self.nan_bits } else { &mut self.nan }) += 1;
+                continue;
             }
+            let (abs, rel) = left.distance(right);
+            self.max_rel = self.max_rel.max(rel);
+            if abs > largest {
+                (largest, found) = (abs, Some(place));
+            }
+        }
+        if found.is_some() {
+            self.max_abs = Some(Magnitude::Float(largest));
         }
         found
     }
@@ -236,24 +227,45 @@ impl Tally {
     }
 }
 
-fn is_nan((re, im): (f64, f64)) -> bool {
-    re.is_nan() || im.is_nan()
+/// What floats and complex numbers are subtracted by.
+trait Float: Copy + PartialEq {
+    fn is_nan(self) -> bool;
+
+    /// Absolute and relative difference from another number; neither is NaN.
+    fn distance(self, other: Self) -> (f64, f64);
 }
 
-/// Absolute and relative difference of two numbers that are not NaN.
-#[expect(clippy::float_cmp, reason = "infinite parts that agree must not be subtracted")]
-fn distance(left: (f64, f64), right: (f64, f64)) -> (f64, f64) {
-    let part = |left: f64, right: f64| if left == right { 0.0 } else { left - right };
-    let abs = part(left.0, right.0).hypot(part(left.1, right.1));
-    let largest = left.0.hypot(left.1).max(right.0.hypot(right.1));
-    let rel = if abs == 0.0 {
+impl Float for f64 {
+    fn is_nan(self) -> bool {
+        self.is_nan()
+    }
+
+    #[expect(clippy::float_cmp, reason = "infinities that agree must not be subtracted")]
+    fn distance(self, other: Self) -> (f64, f64) {
+        let abs = if self == other { 0.0 } else { (self - other).abs() };
+        (abs, relative(abs, self.abs().max(other.abs())))
+    }
+}
+
+impl Float for (f64, f64) {
+    fn is_nan(self) -> bool {
+        self.0.is_nan() || self.1.is_nan()
+    }
+
+    fn distance(self, other: Self) -> (f64, f64) {
+        let abs = self.0.distance(other.0).0.hypot(self.1.distance(other.1).0);
+        (abs, relative(abs, self.0.hypot(self.1).max(other.0.hypot(other.1))))
+    }
+}
+
+fn relative(abs: f64, largest: f64) -> f64 {
+    if abs == 0.0 {
         0.0
     } else if abs.is_infinite() {
         f64::INFINITY
     } else {
         abs / largest
-    };
-    (abs, rel)
+    }
 }
 
 #[cfg(test)]

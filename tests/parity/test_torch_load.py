@@ -284,7 +284,6 @@ class Holder:
 
 
 UNREADABLE: dict[str, Callable[[], object]] = {
-    "dtype_newer_than_the_table": lambda: torch.zeros(3, dtype=torch.bcomplex32),
     "meta": lambda: torch.empty(3, device="meta"),
     "named_tuple": lambda: Pair(torch.randn(1), torch.randn(1)),
     "object": lambda: Holder(torch.randn(1)),

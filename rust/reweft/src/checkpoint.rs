@@ -15,6 +15,7 @@ mod module;
 pub(crate) mod numpy;
 mod parts;
 mod persistent;
+mod pickled;
 mod rebuild;
 mod safetensors;
 mod shards;
@@ -24,6 +25,7 @@ mod torch_legacy;
 mod torch_tar;
 mod torch_zip;
 mod torchscript;
+mod truncated;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -171,7 +173,7 @@ impl Checkpoint {
             return Err(shards::is_a_folder(path));
         }
         let source = source::open(path, options.access)?;
-        Self::read_source(path, source, path.parent(), options)
+        Self::read_source(path, &source, path.parent(), options)
     }
 
     /// Reads a checkpoint from any source; `name` stands in for the path in messages. No other file is opened, so a
@@ -179,11 +181,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`open`](Self::open).
+    #[allow(clippy::needless_pass_by_value, reason = "the source is handed over, whatever its format makes of it")]
     pub fn from_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
-        Self::read_source(name, source, None, options)
+        Self::read_source(name, &source, None, options)
     }
 
-    fn read_source(name: &Path, source: Source, folder: Option<&Path>, options: &OpenOptions) -> Result<Self> {
+    fn read_source(name: &Path, source: &Source, folder: Option<&Path>, options: &OpenOptions) -> Result<Self> {
         let origin = Some((source.clone(), options.limits.clone()));
         let read = detect::read(source, folder, options).map_err(|error| error.in_file(name))?;
         let Read { format, items, storages, mut contents } = read;
@@ -489,7 +492,7 @@ impl Checkpoint {
         }
         let (top_level_key, limits) = (self.top_level_key.clone(), limits.clone());
         let options = OpenOptions { top_level_key, limits, ..OpenOptions::default() };
-        let found = visit(source.clone(), &options, |pickle| config::survey(pickle, options.top_level_key.as_deref()));
+        let found = visit(source, &options, |pickle| config::survey(pickle, options.top_level_key.as_deref()));
         found.map(Some).map_err(|error| error.in_file(&self.path))
     }
 

@@ -105,8 +105,9 @@ impl Config {
     ///
     /// # Errors
     /// As [`open`](Self::open).
+    #[allow(clippy::needless_pass_by_value, reason = "the source is handed over, as to a checkpoint")]
     pub fn from_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
-        checkpoint::visit(source, options, |pickle| read::read(pickle, options.top_level_key.as_deref()))
+        checkpoint::visit(&source, options, |pickle| read::read(pickle, options.top_level_key.as_deref()))
             .map_err(|error| error.in_file(name))
     }
 

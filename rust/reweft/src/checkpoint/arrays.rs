@@ -138,7 +138,7 @@ impl Rebuild<'_> {
     }
 
     /// Where a slice of the pickle stands in the file.
-    fn place_of(&self, bytes: &[u8]) -> Option<(Source, u64)> {
+    pub(super) fn place_of(&self, bytes: &[u8]) -> Option<(Source, u64)> {
         let (source, start) = self.saved.origin.as_ref()?;
         let whole = self.saved.bytes.as_ptr_range();
         let range = bytes.as_ptr_range();

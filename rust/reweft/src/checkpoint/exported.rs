@@ -95,7 +95,8 @@ pub(super) fn read_old(archive: &Arc<Archive>, options: &OpenOptions) -> Result<
 
 pub(super) fn read(archive: &Arc<Archive>, options: &OpenOptions) -> Result<Read> {
     let root = archive.root()?;
-    check_version(archive, root)?;
+    check_format(archive, root)?;
+    torch_zip::check_version(archive, root)?;
     let models = models(archive, root);
     if models.is_empty() {
         let error = Error::new(ErrorKind::Unsupported, "this is a .pt2 package, not a checkpoint");
@@ -160,7 +161,7 @@ fn prefixed(mut read: Read, prefix: &str) -> Read {
 }
 
 /// Refuses a package of a later format by its name.
-fn check_version(archive: &Archive, root: &str) -> Result<()> {
+fn check_format(archive: &Archive, root: &str) -> Result<()> {
     for (name, wanted) in [("archive_format", "pt2"), ("archive_version", "0")] {
         let record = format!("{root}/{name}");
         let nbytes = archive.entry(&record)?.nbytes;

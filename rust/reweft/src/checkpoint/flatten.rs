@@ -117,7 +117,7 @@ impl<'a> Walk<'a> {
         let mut stack = Vec::new();
         stack.extend(self.enter(rebuild, root, path.len())?);
         loop {
-            let nested = stack.len() > 1 || !path.is_empty();
+            let nested = stack.len() > 1 || !self.path.is_empty();
             let Some(frame) = stack.last_mut() else { return Ok(()) };
             let before = self.path.len();
             let Some((name, part)) = frame.children.next() else {
@@ -134,6 +134,10 @@ impl<'a> Walk<'a> {
             let entered = match part {
                 Part::Node(id) => self.enter(rebuild, id, before)?,
                 Part::Item(item) => self.keep(*item).map(|()| None)?,
+                Part::Note(what) => {
+                    self.note(what.0);
+                    None
+                }
             };
             match entered {
                 Some(frame) => stack.push(frame),
@@ -158,6 +162,14 @@ impl<'a> Walk<'a> {
         match rebuild.item(id).map_err(|error| error.of_key(&self.path))? {
             Some(Rebuilt::Item(item)) => return self.keep(item).map(|()| None),
             Some(Rebuilt::Value(what)) => return self.keep_unknown(id, what),
+            Some(Rebuilt::With(item, parts)) => {
+                self.keep(item)?;
+                if self.open.is_empty() && self.path.is_empty() {
+                    self.path.push_str(BARE_TENSOR);
+                }
+                let parts = parts.into_iter().map(|(name, part)| (name.into(), part)).collect();
+                return Ok(self.frame(id, parts, path_nbytes));
+            }
             Some(Rebuilt::Parts(what, parts)) => {
                 self.note(what);
                 let parts = parts.into_iter().map(|(name, part)| (name.into(), part)).collect();
@@ -267,15 +279,40 @@ fn key_name<'p>(pickle: &'p Pickle<'_>, key: NodeId, value: NodeId) -> Result<Co
     if let Some(name) = pickle.as_str(key) {
         return Ok(name.into());
     }
-    if let Node::Int(number) = pickle.get(key) {
-        return Ok(number.to_string().into());
+    if let Some(name) = literal(pickle, key, 0) {
+        return Ok(name.into());
     }
     let what = pickle.describe(key);
     if is_tensor(pickle, value) || is_container(pickle, value) {
-        let what = format!("a dict has {what} for a key; reweft names tensors by text or number");
+        let what = format!("a dict has {what} for a key; reweft names tensors by texts, numbers and tuples of them");
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
     Ok(what.into())
+}
+
+/// The keys that dicts have beside texts, as Python prints them: `True`, `None`, `0.5`, `('a', 0)`.
+fn literal(pickle: &Pickle<'_>, key: NodeId, depth: usize) -> Option<String> {
+    /// Tuples within tuples; deeper ones are not named.
+    const MAX_DEPTH: usize = 4;
+    /// Items of a tuple.
+    const MAX_ITEMS: usize = 16;
+    match pickle.get(key) {
+        Node::None => Some("None".to_owned()),
+        Node::Bool(value) => Some(if *value { "True" } else { "False" }.to_owned()),
+        Node::Float(value) => Some(format!("{value:?}")),
+        Node::BigInt(value) if value.to_i128().is_some() => Some(value.to_string()),
+        Node::Int(value) => Some(value.to_string()),
+        Node::Tuple(items) if depth < MAX_DEPTH && items.len() <= MAX_ITEMS => {
+            let named = |item: &NodeId| match pickle.as_str(*item) {
+                Some(text) => Some(format!("'{text}'")),
+                None => literal(pickle, *item, depth + 1),
+            };
+            let items = pickle.children(*items).iter().map(named).collect::<Option<Vec<_>>>()?;
+            let comma = if items.len() == 1 { "," } else { "" };
+            Some(format!("({}{comma})", items.join(", ")))
+        }
+        _ => None,
+    }
 }
 
 /// A list or tuple of numbers and texts is one value to a reader, not a line for each.

@@ -15,8 +15,12 @@ pub(super) enum Function {
     TensorV2,
     /// The same with the dtype as seventh argument, over an untyped storage.
     TensorV3,
-    /// `(tensor, ...)`: a parameter, or a tensor of a device that has no storages of its own.
+    /// `(tensor, ...)`: a parameter.
     First,
+    /// `(tensor, requires_grad, hooks, state)`: a parameter with attributes.
+    WithState,
+    /// `(tensor, dtype, device, requires_grad)`: a tensor of a device that has no storages of its own.
+    FromCpu,
     /// `(function, class, arguments, state)`: a subclass, or a tensor with attributes.
     FromType,
     /// `(storage, offset, size, stride, (scheme, scale, zero point[, axis]), ...)`.
@@ -25,6 +29,12 @@ pub(super) enum Function {
     Sparse,
     /// `(buffer, sizes, strides, offsets)`.
     Nested,
+    /// `({"values": ..., "offsets": ..., ...})`.
+    Jagged,
+    /// `(class, dtype, size, stride, ...)`: what a subclass says of itself; its tensors are among its attributes.
+    Shell,
+    /// `(dtype, size, stride, requires_grad)`, without data.
+    Meta,
     /// A numpy array; [`numpy`] reads it.
     Array,
     /// `(array, dtype, device, ...)`: a tensor of a device that has no storages of its own.
@@ -39,14 +49,16 @@ pub(super) const FUNCTIONS: &[(&str, &str, Function)] = &[
     ("torch._utils", "_rebuild_tensor_v2", Function::TensorV2),
     ("torch._utils", "_rebuild_tensor_v3", Function::TensorV3),
     ("torch._utils", "_rebuild_parameter", Function::First),
-    ("torch._utils", "_rebuild_parameter_with_state", Function::First),
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", Function::First),
+    ("torch._utils", "_rebuild_parameter_with_state", Function::WithState),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", Function::FromCpu),
+    ("torch._tensor", "_rebuild_from_type", Function::FromType),
     ("torch._tensor", "_rebuild_from_type_v2", Function::FromType),
     ("torch._utils", "_rebuild_qtensor", Function::Quantised),
     ("torch._utils", "_rebuild_sparse_tensor", Function::Sparse),
     ("torch._utils", "_rebuild_nested_tensor", Function::Nested),
-    ("torch._utils", "_rebuild_wrapper_subclass", Function::Other("a tensor subclass without its parts")),
-    ("torch._utils", "_rebuild_meta_tensor_no_storage", Function::Other("a meta tensor, which has no data")),
+    ("torch.nested._internal.nested_tensor", "_rebuild_njt", Function::Jagged),
+    ("torch._utils", "_rebuild_wrapper_subclass", Function::Shell),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage", Function::Meta),
     ("torch._utils", "_rebuild_device_tensor_from_numpy", Function::FromNumpy),
     ("torch._utils", "_rebuild_xla_tensor", Function::FromNumpy),
     ("numpy._core.multiarray", "_reconstruct", Function::Array),
@@ -93,6 +105,8 @@ const PLAIN_GLOBALS: &[(&str, &str)] = &[
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
+    ("torch.storage", "_load_from_bytes"),
+    ("torch.nested._internal.nested_tensor", "NestedTensor"),
     ("torch", "per_tensor_affine"),
     ("torch", "per_tensor_symmetric"),
     ("torch", "per_channel_affine"),
@@ -169,6 +183,8 @@ pub(super) fn unknown_globals(pickle: &Pickle<'_>) -> Vec<String> {
             || PLAIN_GLOBALS.contains(&(module, name))
             || is_tensor_class(module, name)
             || torchscript::is_class(module)
+            // How a distributed tensor lies over devices, which is listed beside it.
+            || module.starts_with("torch.distributed.")
             || torchscript::WRAPPERS.contains(&(module, name))
             || (module == "torch" || module.starts_with("torch.")) && name.ends_with("Storage")
             || module == "torch" && Dtype::from_name(name).is_some_and(|dtype| dtype.name() == name)

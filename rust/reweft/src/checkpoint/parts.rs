@@ -1,8 +1,9 @@
 //! Tensors that have no dense form, by their parts: the names under which what they are made of can be read.
 
-use reweft_pickle::{NodeId, Pickle};
+use reweft_pickle::{NodeId, Pickle, Value};
 
-use super::rebuild::{Part, Rebuilt};
+use super::globals::is_tensor;
+use super::rebuild::{Note, Part, Rebuilt, sizes};
 use crate::error::{Error, Result};
 
 /// Names of a sparse tensor's index tensors by layout, as torch's methods name them.
@@ -50,9 +51,118 @@ pub(super) fn nested(args: &[NodeId]) -> Result<Rebuilt> {
     Ok(Rebuilt::Parts("nested tensor".to_owned(), parts.collect()))
 }
 
-/// The attributes of a wrapper subclass; its tensors are among them.
-pub(super) fn parts_of_state(pickle: &Pickle<'_>, state: NodeId) -> Vec<(String, Part)> {
-    let pairs = pickle.dict(state).unwrap_or_default();
-    let named = pairs.iter().filter_map(|(name, value)| Some((pickle.as_str(*name)?.to_owned(), Part::Node(*value))));
-    named.collect()
+/// `({"values": ..., "offsets": ..., "lengths": ..., ...})`, as the class's constructor takes them.
+pub(super) fn jagged(pickle: &Pickle<'_>, args: &[NodeId]) -> Result<Rebuilt> {
+    let given = args.first().and_then(|given| pickle.dict(*given));
+    let Some(given) = given else { return Err(Error::format("jagged tensor without its parts")) };
+    let named = given.iter().map(|(name, value)| (name_of(pickle, *name), *value));
+    let parts = named.filter(|(name, _)| name != "requires_grad").map(|(name, value)| (name, Part::Node(value)));
+    Ok(Rebuilt::Parts("jagged nested tensor".to_owned(), parts.collect()))
+}
+
+/// The attributes of a tensor: a dict, or a dict and the values of slots, either of which may be None.
+pub(super) fn attributes(pickle: &Pickle<'_>, state: NodeId) -> Vec<(String, Part)> {
+    let states = pickle.as_tuple(state).unwrap_or(std::slice::from_ref(&state));
+    let mut parts = Vec::new();
+    for pairs in states.iter().filter_map(|state| pickle.dict(*state)) {
+        for (name, value) in pairs.iter() {
+            let name = name_of(pickle, *name);
+            // What makes a tensor a buffer says nothing of its values, as requires_grad does not.
+            if !matches!(name.as_str(), "_is_buffer" | "persistent") || pickle.as_bool(*value).is_none() {
+                let part = sharding(pickle, *value).map_or(Part::Node(*value), |text| Part::Note(Box::new(Note(text))));
+                parts.push((name, part));
+            }
+        }
+    }
+    parts
+}
+
+fn name_of(pickle: &Pickle<'_>, name: NodeId) -> String {
+    pickle.as_str(name).map_or_else(|| pickle.describe(name), str::to_owned)
+}
+
+/// Class, dtype and shape that a wrapper subclass states: `(class, dtype, size, ...)`.
+pub(super) fn describe_shell(pickle: &Pickle<'_>, args: &[NodeId]) -> String {
+    let [class, dtype, shape, ..] = args else { return "tensor subclass".to_owned() };
+    let class = pickle.as_global(*class).map_or("tensor subclass", |(_, name)| name);
+    format!("{class} {}", describe_meta(pickle, *dtype, *shape))
+}
+
+/// Dtype and shape of a tensor, where nothing else of it is there.
+pub(super) fn describe_meta(pickle: &Pickle<'_>, dtype: NodeId, shape: NodeId) -> String {
+    let dtype = pickle.as_global(dtype).map_or("unknown dtype", |(_, name)| name);
+    sizes(pickle, shape, "size").map_or_else(|_| format!("of {dtype}"), |shape| format!("of {dtype} {shape:?}"))
+}
+
+/// How a distributed tensor lies over devices, in one line; `None` if a value is no such specification.
+///
+/// Its classes change from release to release, so nothing but the names `placements` and `mesh` is relied upon.
+fn sharding(pickle: &Pickle<'_>, id: NodeId) -> Option<String> {
+    let ((module, "DTensorSpec"), object) = pickle.as_call(id)? else { return None };
+    if !module.starts_with("torch.distributed") {
+        return None;
+    }
+    let state = pickle.dict(*object.state().last()?)?;
+    let find = |wanted: &str| state.iter().find(|(name, _)| pickle.as_str(*name) == Some(wanted)).map(|(_, id)| *id);
+    let mut text = "placements ".to_owned();
+    show(pickle, find("placements")?, 0, &mut text);
+    if let Some(mesh) = find("mesh") {
+        text.push_str(" on ");
+        show(pickle, mesh, 0, &mut text);
+    }
+    Some(text)
+}
+
+/// What of a mesh says how it is laid out, in this and earlier releases; the rest is of the process that wrote it.
+const SHOWN_OF_MESH: &[&str] = &["_device_type", "device_type", "_layout", "_mesh_dim_names", "mesh_dim_names"];
+/// Longest text of a value.
+const MAX_SHOWN_NBYTES: usize = 400;
+/// Deepest value within a value that is shown.
+const MAX_SHOWN_DEPTH: usize = 6;
+
+/// Appends a value as Python would print a dataclass; stops where it grows long or deep.
+fn show(pickle: &Pickle<'_>, id: NodeId, depth: usize, text: &mut String) {
+    if text.len() > MAX_SHOWN_NBYTES || depth > MAX_SHOWN_DEPTH {
+        if !text.ends_with("...") {
+            text.push_str("...");
+        }
+        return;
+    }
+    let list = |items: &[NodeId], text: &mut String| {
+        for (number, item) in items.iter().take(MAX_SHOWN_NBYTES).enumerate() {
+            text.push_str(if number > 0 { ", " } else { "" });
+            show(pickle, *item, depth + 1, text);
+        }
+    };
+    if let Some(items) = pickle.as_sequence(id) {
+        text.push('(');
+        list(items, text);
+        text.push(')');
+        return;
+    }
+    let Some(((_, class), object)) = pickle.as_call(id) else {
+        let what = pickle.describe(id);
+        let is_plain = matches!(pickle.get(id), Value::Int(_) | Value::Bool(_) | Value::Str(_) | Value::Float(_));
+        text.push_str(what.split_once(' ').filter(|_| is_plain).map_or(what.as_str(), |(_, value)| value));
+        return;
+    };
+    text.push_str(class);
+    text.push('(');
+    let state = object.state().last().and_then(|state| pickle.dict(*state));
+    match state {
+        Some(pairs) => {
+            let named = pairs.iter().filter_map(|(name, value)| Some((pickle.as_str(*name)?, *value)));
+            let named = named.filter(|(name, _)| class != "DeviceMesh" || SHOWN_OF_MESH.contains(name));
+            for (number, (name, value)) in named.take(MAX_SHOWN_NBYTES).enumerate() {
+                text.push_str(if number > 0 { ", " } else { "" });
+                text.push_str(name);
+                text.push('=');
+                show(pickle, value, depth + 1, text);
+            }
+        }
+        // A tensor's arguments are numbers that mean nothing here.
+        None if is_tensor(pickle, id) => text.push_str("..."),
+        None => list(pickle.as_tuple(object.args).unwrap_or_default(), text),
+    }
+    text.push(')');
 }

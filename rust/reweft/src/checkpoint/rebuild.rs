@@ -1,6 +1,6 @@
 //! From the calls in a pickle to tensors: one table of the functions that `torch.save` names, none of which is called.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use foldhash::quality::RandomState;
@@ -8,7 +8,7 @@ use reweft_pickle::{NodeId, Object, Pickle, Value};
 
 use super::globals::{FUNCTIONS, Function, Globals, global_dtype, is_parameter, is_plain_class};
 use super::made::{Making, Signs};
-use super::parts::{nested, parts_of_state, sparse};
+use super::parts::{attributes, describe_meta, describe_shell, jagged, nested, sparse};
 use super::persistent::{StorageId, View, names_storage, size, storage_id};
 use super::storage::Extent;
 use super::torch_tar::{Numbers, Object as Numbered};
@@ -17,7 +17,7 @@ use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::source::Source;
-use crate::tensor::{TensorInfo, contiguous};
+use crate::tensor::{TensorInfo, contiguous, numel, same_layout};
 
 /// What a call in the pickle makes.
 pub(super) enum Rebuilt {
@@ -25,8 +25,32 @@ pub(super) enum Rebuilt {
     Item(Item),
     /// What has no dense form: its parts by name, and what they are parts of.
     Parts(String, Vec<(String, Part)>),
+    /// A tensor, and its attributes by name.
+    With(Item, Vec<(String, Part)>),
     /// No tensor after all, and what it is instead.
     Value(String),
+}
+
+impl Rebuilt {
+    /// Adds the attributes of what was inside; a value that is among the parts already is not repeated.
+    fn with(self, mut attributes: Vec<(String, Part)>) -> Self {
+        match self {
+            _ if attributes.is_empty() => self,
+            Self::Item(item) => Self::With(item, attributes),
+            Self::With(item, mut parts) => {
+                parts.append(&mut attributes);
+                Self::With(item, parts)
+            }
+            Self::Parts(what, mut parts) => {
+                let node = |part: &Part| if let Part::Node(id) = part { Some(*id) } else { None };
+                let known: HashSet<NodeId> = parts.iter().filter_map(|(_, part)| node(part)).collect();
+                attributes.retain(|(_, part)| node(part).is_none_or(|id| !known.contains(&id)));
+                parts.append(&mut attributes);
+                Self::Parts(what, parts)
+            }
+            Self::Value(what) => Self::Parts(what, attributes),
+        }
+    }
 }
 
 /// Something under a name: still to be looked at, or done.
@@ -34,7 +58,12 @@ pub(super) enum Part {
     Node(NodeId),
     /// Boxed: nearly all parts are nodes, and a container of many should be small.
     Item(Box<Item>),
+    /// No tensor, and what it is.
+    Note(Box<Note>),
 }
+
+/// What a value is that is not looked into.
+pub(super) struct Note(pub String);
 
 /// Where one file keeps the bytes of its storages.
 pub(super) enum Places<'p> {
@@ -93,6 +122,8 @@ pub(super) struct Rebuild<'p> {
     pub(super) arrays: HashMap<(NodeId, Dtype), usize>,
     /// Bytes of arrays that the pickle holds in another form, by where it does and the byte order of a cast.
     pub(super) unpacked: HashMap<(usize, Option<bool>), Source>,
+    /// Storages that were pickled by themselves, by where their bytes stand.
+    pub(super) pickled: HashMap<usize, View>,
 }
 
 impl<'p> Rebuild<'p> {
@@ -114,6 +145,7 @@ impl<'p> Rebuild<'p> {
             notices: Vec::new(),
             arrays: HashMap::new(),
             unpacked: HashMap::new(),
+            pickled: HashMap::new(),
         }
     }
 
@@ -123,6 +155,14 @@ impl<'p> Rebuild<'p> {
     /// # Errors
     /// [`ErrorKind::Format`](crate::ErrorKind::Format) where the arguments contradict themselves or the archive.
     pub fn item(&mut self, id: NodeId) -> Result<Option<Rebuilt>> {
+        let mut around = Around::default();
+        let rebuilt = self.rebuilt(id, &mut around)?;
+        let Around { attributes, is_cast, dtype } = around;
+        let rebuilt = if is_cast { rebuilt.map(|rebuilt| cast(rebuilt, dtype)) } else { rebuilt };
+        Ok(rebuilt.map(|rebuilt| rebuilt.with(attributes)))
+    }
+
+    fn rebuilt(&mut self, id: NodeId, around: &mut Around) -> Result<Option<Rebuilt>> {
         let pickle = self.pickle;
         let id = self.unwrap(id)?;
         let Some((mut function, object)) = self.globals.call(pickle, id) else { return self.uncalled(id) };
@@ -132,8 +172,8 @@ impl<'p> Rebuild<'p> {
         let mut args = pickle.as_tuple(object.args).unwrap_or_default();
         for _ in 0..MAX_LINKS {
             let item = match function {
-                Function::First | Function::FromType => {
-                    match self.inner(function, args)? {
+                Function::First | Function::WithState | Function::FromCpu | Function::FromType => {
+                    match self.inner(function, args, around)? {
                         Inner::Call(next, inner) => (function, args) = (next, inner),
                         Inner::Done(rebuilt) => return Ok(Some(rebuilt)),
                     }
@@ -147,6 +187,13 @@ impl<'p> Rebuild<'p> {
                 Function::Quantised => return self.quantised(args).map(Some),
                 Function::Sparse => return sparse(pickle, args).map(Some),
                 Function::Nested => return nested(args).map(Some),
+                Function::Jagged => return jagged(pickle, args).map(Some),
+                Function::Shell => Item::Unreadable("it is a tensor subclass without its parts".to_owned()),
+                Function::Meta => {
+                    let [dtype, shape, ..] = args else { return Err(Error::format("meta tensor without a shape")) };
+                    let what = describe_meta(pickle, *dtype, *shape);
+                    Item::Unreadable(format!("it is a meta tensor {what}, which has no data"))
+                }
                 Function::FromNumpy => self.device_array(args)?,
                 Function::Array => Item::Unreadable("it is a parameter around a numpy array".to_owned()),
                 Function::Other(what) => Item::Unreadable(format!("it is {what}, which is not read yet")),
@@ -157,9 +204,16 @@ impl<'p> Rebuild<'p> {
     }
 
     /// Looks into a parameter or subclass: the call that makes its tensor, or what can be said without one.
-    fn inner(&mut self, outer: Function, args: &'p [NodeId]) -> Result<Inner<'p>> {
+    fn inner(&mut self, outer: Function, args: &'p [NodeId], around: &mut Around) -> Result<Inner<'p>> {
         let pickle = self.pickle;
-        if let Function::First = outer {
+        if let Function::First | Function::WithState | Function::FromCpu = outer {
+            match (outer, args) {
+                (Function::WithState, [_, _, _, state, ..]) => around.attributes.extend(attributes(pickle, *state)),
+                (Function::FromCpu, [_, dtype, ..]) => {
+                    (around.is_cast, around.dtype) = (true, global_dtype(pickle, *dtype));
+                }
+                _ => {}
+            }
             let id = self.unwrap(*args.first().ok_or_else(|| Error::format("parameter without a tensor"))?)?;
             let Some((function, object)) = self.globals.call(pickle, id) else {
                 if let Some(rebuilt) = self.uncalled(id)? {
@@ -176,11 +230,18 @@ impl<'p> Rebuild<'p> {
         let name = pickle.as_global(*class).map_or_else(String::new, |(module, name)| format!("{module}.{name}"));
         let row = pickle.as_global(*function).and_then(|name| FUNCTIONS.iter().find(|row| (row.0, row.1) == name));
         match (row, pickle.as_tuple(*inner)) {
-            (Some((_, _, Function::Other(_))), _) if pickle.dict(*state).is_some() => {
-                Ok(Inner::Done(Rebuilt::Parts(format!("{name} tensor"), parts_of_state(pickle, *state))))
+            (Some((_, _, Function::Shell)), Some(inner)) => {
+                let parts = attributes(pickle, *state);
+                let what = describe_shell(pickle, inner);
+                Ok(Inner::Done(if parts.is_empty() {
+                    Rebuilt::Item(Item::Unreadable(format!("it is a {what} without its parts")))
+                } else {
+                    Rebuilt::Parts(what, parts)
+                }))
             }
             (Some((_, _, function)), Some(inner)) => {
-                if !is_plain_class(pickle, *class) {
+                around.attributes.extend(attributes(pickle, *state));
+                if !is_plain_class(pickle, *class) && !matches!(function, Function::Jagged) {
                     self.notices.push(format!("a tensor of class {name} is read as its plain payload"));
                 }
                 Ok(Inner::Call(*function, inner))
@@ -287,9 +348,7 @@ impl<'p> Rebuild<'p> {
             return Ok(Err(format!("its storage is {what}, which reweft does not know")));
         };
         let held = &self.storages[view.storage];
-        if &*held.device == "meta" {
-            return Ok(Err("it is a meta tensor, which has no data".to_owned()));
-        }
+        let is_meta = &*held.device == "meta";
         let Some(dtype) = dtype.or(held.dtype) else {
             return Err(Error::format("tensor of an untyped storage states no dtype"));
         };
@@ -298,29 +357,26 @@ impl<'p> Rebuild<'p> {
         }
         let storage_offset = size(pickle, *storage_offset, "storage offset")?;
         let (shape, strides) = (sizes(pickle, *shape, "size")?, sizes(pickle, *strides, "stride")?);
+        if is_meta {
+            return Ok(Err(format!("it is a meta tensor of {dtype} {shape:?}, which has no data")));
+        }
         view.tensor(dtype, shape, strides, storage_offset).map(Ok)
     }
 
     /// The integers of a quantised tensor, and what turns them into numbers.
     fn quantised(&mut self, args: &[NodeId]) -> Result<Rebuilt> {
         let pickle = self.pickle;
-        let info = match self.view(args, None)? {
-            Ok(info) => info,
+        let (quantised, info) = match self.integers(args)? {
+            Ok(found) => found,
             Err(why) => return Ok(Rebuilt::Item(Item::Unreadable(why))),
-        };
-        let dtype = match info.dtype {
-            Dtype::QInt8 => Dtype::I8,
-            Dtype::QInt32 => Dtype::I32,
-            Dtype::QUInt8 | Dtype::QUInt4x2 | Dtype::QUInt2x4 => Dtype::U8,
-            other => return Err(Error::format(format!("quantised tensor of {other}"))),
         };
         let Some([scheme, scale, zero_point, rest @ ..]) = args.get(4).and_then(|id| pickle.as_tuple(*id)) else {
             return Err(Error::format("quantised tensor without a scheme"));
         };
         let scheme = pickle.as_global(*scheme).map_or("unknown scheme", |(_, name)| name);
-        let what = format!("{scheme} quantised tensor of {}", info.dtype);
+        let what = format!("{scheme} quantised tensor of {quantised}");
         let mut parts = vec![
-            ("int_repr".to_owned(), Part::Item(Box::new(Item::Tensor(TensorInfo { dtype, ..info })))),
+            ("int_repr".to_owned(), Part::Item(Box::new(Item::Tensor(info)))),
             ("scale".to_owned(), Part::Node(*scale)),
             ("zero_point".to_owned(), Part::Node(*zero_point)),
         ];
@@ -328,9 +384,43 @@ impl<'p> Rebuild<'p> {
         Ok(Rebuilt::Parts(what, parts))
     }
 
+    /// The dtype of a quantised tensor, and its integers as `int_repr()` gives them: those of fewer than 8 bits stay
+    /// packed, in one dimension.
+    fn integers(&mut self, args: &[NodeId]) -> Result<Result<(Dtype, TensorInfo), String>> {
+        let Some(view) = args.first().map(|id| self.storage(*id)).transpose()?.flatten() else {
+            return Ok(self.view(args, None)?.map(|info| (info.dtype, info)));
+        };
+        let held = self.storages[view.storage].dtype;
+        let (dtype, in_a_byte) = match held {
+            Some(Dtype::QInt8) => (Dtype::I8, 1),
+            Some(Dtype::QInt32) => (Dtype::I32, 1),
+            Some(Dtype::QUInt8) => (Dtype::U8, 1),
+            Some(Dtype::QUInt4x2) => (Dtype::U8, 2),
+            Some(Dtype::QUInt2x4) => (Dtype::U8, 4),
+            other => {
+                let found = other.map_or("untyped bytes", Dtype::name);
+                return Err(Error::format(format!("quantised tensor of {found}")));
+            }
+        };
+        let quantised = held.unwrap_or(dtype);
+        if in_a_byte == 1 {
+            return Ok(self.view(args, None)?.map(|info| (quantised, TensorInfo { dtype, ..info })));
+        }
+        let [_, offset, shape, strides, ..] = args else {
+            return Err(Error::format(format!("tensor of {} arguments, wanted at least 4", args.len())));
+        };
+        let (shape, strides) = (sizes(self.pickle, *shape, "size")?, sizes(self.pickle, *strides, "stride")?);
+        if size(self.pickle, *offset, "storage offset")? != 0 || !same_layout(&shape, &strides, &contiguous(&shape)) {
+            return Ok(Err(format!("it is a view of a packed tensor of {quantised}")));
+        }
+        let numel = numel(&shape).ok_or_else(|| Error::format(format!("shape {shape:?} overflows")))?;
+        let info = view.tensor(dtype, vec![numel.div_ceil(in_a_byte)], vec![1], 0)?;
+        Ok(Ok((quantised, info)))
+    }
+
     /// What of a storage a persistent id means; `None` if the value is something else.
     fn storage(&mut self, id: NodeId) -> Result<Option<View>> {
-        let Value::Persistent(pid) = self.pickle.get(id) else { return Ok(None) };
+        let Value::Persistent(pid) = self.pickle.get(id) else { return self.pickled_storage(id) };
         if let Places::Tar(numbers) = &self.saved.places {
             return Ok(match numbers.object(self.pickle, *pid)? {
                 Some(Numbered::Storage(view)) => Some(*view),
@@ -402,6 +492,26 @@ impl<'p> Rebuild<'p> {
             notices.push("a storage that no tensor is around is read as a tensor of one dimension".to_owned());
         }
         notices
+    }
+}
+
+/// What the calls around a tensor say of it.
+#[derive(Default)]
+struct Around {
+    attributes: Vec<(String, Part)>,
+    /// Whether it is a tensor of another device, which is cast to `dtype`; `None` is one that is not known.
+    is_cast: bool,
+    dtype: Option<Dtype>,
+}
+
+/// Refuses a tensor that would be cast when it is loaded; torch states the dtype that is there.
+fn cast(rebuilt: Rebuilt, dtype: Option<Dtype>) -> Rebuilt {
+    match rebuilt {
+        Rebuilt::Item(Item::Tensor(info)) if Some(info.dtype) != dtype => {
+            let wanted = dtype.map_or("an unknown dtype", Dtype::name);
+            Rebuilt::Item(Item::Unreadable(format!("it is a tensor of {} that stands for {wanted}", info.dtype)))
+        }
+        other => other,
     }
 }
 

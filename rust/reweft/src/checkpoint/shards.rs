@@ -97,7 +97,7 @@ impl<'i> Shards<'i> {
     fn open(&mut self, folder: &Path, file: &'i str, options: &OpenOptions) -> Result<()> {
         let path = resolve(folder, file)?;
         let source = source::open(&path, options.access)?;
-        let mut found = detect::read_shard(source, options).map_err(|error| error.in_file(&path))?;
+        let mut found = detect::read_shard(&source, options).map_err(|error| error.in_file(&path))?;
         let first_storage = self.read.storages.len();
         let mut items = std::mem::take(&mut found.items);
         for item in items.values_mut() {

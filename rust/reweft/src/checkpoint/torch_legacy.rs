@@ -42,6 +42,29 @@ pub(super) fn detect_pickle(source: &dyn ReadAt) -> bool {
     source.read_exact_at(0, &mut head).is_ok() && head[0] == 0x80 && (2..=5).contains(&head[1])
 }
 
+/// Whether the whole source is a pickle of protocol 0 or 1, which has no signature: it must be one to its last byte,
+/// and hold a container or an object. Reads the source if its first and last byte are those of such a pickle.
+pub(super) fn detect_old_pickle(source: &dyn ReadAt, head: &[u8], options: &OpenOptions) -> bool {
+    let nbytes = source.len();
+    if !head.starts_with(b"(") && !head.starts_with(b"}") && !head.starts_with(b"]") && !head.starts_with(b"c")
+        || nbytes > options.limits.max_metadata_nbytes
+    {
+        return false;
+    }
+    let mut last = [0];
+    if source.read_exact_at(nbytes - 1, &mut last).is_err() || last != *b"." {
+        return false;
+    }
+    let Ok(bytes) = read_vec(source, 0, nbytes) else { return false };
+    let Ok(pickle) = Pickle::parse(&bytes, &options.limits.pickle) else { return false };
+    let root = pickle.root();
+    let holds = |pairs: usize| pairs > 0;
+    pickle.nbytes() == bytes.len()
+        && (pickle.as_sequence(root).is_some_and(|items| holds(items.len()))
+            || pickle.dict(root).is_some_and(|pairs| holds(pairs.len()))
+            || pickle.as_object(root).is_some())
+}
+
 pub(super) fn read(source: &Source, options: &OpenOptions) -> Result<Read> {
     visit(source, options, |saved| read_object(saved, options))
 }

@@ -1,5 +1,6 @@
 //! Reading the zip archive that `torch.save` writes since 1.6: `data.pkl` and one record per storage.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use reweft_pickle::Pickle;
@@ -7,7 +8,7 @@ use reweft_pickle::Pickle;
 use super::flatten::flatten;
 use super::globals::unknown_globals;
 use super::rebuild::{Places, Rebuild, Saved};
-use super::{Contents, Format, OpenOptions, Read, exported, torchscript};
+use super::{Contents, Format, OpenOptions, Read, exported, torchscript, truncated};
 use crate::container::zip::{Archive, Method};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
@@ -30,11 +31,22 @@ pub(super) struct Pickled {
     pub format: Format,
 }
 
+/// How records of other programs' archives end, and what those are.
+const FOREIGN: &[(&str, &str)] = &[
+    (".npy", "an archive of numpy arrays (.npz)"),
+    ("model.weights.h5", "a Keras model"),
+    ("AndroidManifest.xml", "an Android program"),
+];
+/// Versions of the archive: `kMinSupportedFileFormatVersion` to `kMaxSupportedFileFormatVersion` of
+/// `caffe2/serialize/versions.h`.
+const VERSIONS: RangeInclusive<u64> = 1..=10;
+/// More than any 64-bit number takes as text.
+const MAX_VERSION_NBYTES: u64 = 24;
 /// What `torch.save` writes.
 const OBJECT: Pickled = Pickled { record: "data.pkl", storages: "data", format: Format::TorchZip };
 
-pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
-    let archive = Arc::new(Archive::open(source)?);
+pub(super) fn read(source: &Source, options: &OpenOptions) -> Result<Read> {
+    let archive = Arc::new(open(source, options)?);
     let mut read = if exported::detect_old(&archive) {
         exported::read_old(&archive, options)?
     } else {
@@ -50,6 +62,17 @@ pub(super) fn read(source: Source, options: &OpenOptions) -> Result<Read> {
     };
     read.contents.notices.extend(crc_notices(&archive));
     Ok(read)
+}
+
+/// Opens an archive; says of one that is cut how much is missing.
+pub(super) fn open(source: &Source, options: &OpenOptions) -> Result<Archive> {
+    let archive = Archive::open(source.clone());
+    let archive = archive.map_err(|error| truncated::explain(&**source, &options.limits, error))?;
+    let foreign = FOREIGN.iter().find(|(end, _)| archive.entries().keys().any(|name| name.ends_with(end)));
+    match foreign {
+        Some((_, what)) => Err(Error::new(ErrorKind::Unsupported, format!("this is {what}, which is not read"))),
+        None => Ok(archive),
+    }
 }
 
 /// Reads an archive that must be what `torch.save` writes.
@@ -78,6 +101,7 @@ pub(super) fn visit_pickle<R>(
 ) -> Result<R> {
     let root = archive.root()?;
     let record = format!("{root}/{}", pickled.record);
+    check_version(archive, root)?;
     let big_endian = is_big_endian(archive, root)?;
     let entry = archive.entry(&record)?;
     let (nbytes, stored) = (entry.nbytes, entry.method == Method::STORED);
@@ -133,6 +157,31 @@ fn check_kind(archive: &Archive, root: &str, pickle: &str) -> Result<()> {
         ));
     };
     Err(Error::new(ErrorKind::Unsupported, what).with_hint("pass a .pt or safetensors file with the weights"))
+}
+
+/// Refuses an archive of a version that no torch is known to write. The version stands in one of two records; the
+/// newer writers use the second for programs.
+pub(super) fn check_version(archive: &Archive, root: &str) -> Result<()> {
+    let records = [format!("{root}/version"), format!("{root}/.data/version")];
+    let mut found: Option<u64> = None;
+    for record in &records {
+        let Some(entry) = archive.entries().get(record) else { continue };
+        let text = if entry.nbytes <= MAX_VERSION_NBYTES { archive.read(record)? } else { Vec::new() };
+        let version = str::from_utf8(&text).ok().and_then(|text| text.trim_ascii().parse().ok());
+        let version = version.ok_or_else(|| Error::format("the version is no number").in_record(record))?;
+        if found.is_some_and(|found| found != version) {
+            return Err(Error::format("two records state two versions").in_record(record));
+        }
+        if !VERSIONS.contains(&version) {
+            let what = format!("archive of version {version}; {} to {} are read", VERSIONS.start(), VERSIONS.end());
+            return Err(Error::new(ErrorKind::Unsupported, what).in_record(record));
+        }
+        found = Some(version);
+    }
+    match found {
+        Some(_) => Ok(()),
+        None => Err(Error::format("the archive states no version").in_record(&records[0])),
+    }
 }
 
 /// An absent record means little-endian: writers before 2.1 had none.

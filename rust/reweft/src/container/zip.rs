@@ -5,6 +5,7 @@
 //! names, a lying count) is an error. Source: PKWARE APPNOTE 6.3, sections 4.3.7 to 4.3.16 and 4.5.3; what torch
 //! writes was read from its files.
 
+mod cut;
 mod directory;
 mod write;
 
@@ -15,6 +16,7 @@ use indexmap::IndexMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, Source, read_vec};
+pub use cut::{CutRecord, find_record, has_end};
 use directory::Zip64;
 pub use write::append_records;
 pub(crate) use write::{NewRecord, tail};

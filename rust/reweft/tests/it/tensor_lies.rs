@@ -161,7 +161,9 @@ fn class_23_byte_orders() {
         let numel = 16 / itemsize;
         let tensor = Tensor { class, numel, size: &[numel], ..Tensor::default() };
         let pickle = dict(&[("w", tensor.opcodes())]);
-        let records = [("a/data.pkl", pickle.as_slice()), ("a/byteorder", order), ("a/data/0", DATA)];
+        let version = b"3\n".as_slice();
+        let records =
+            [("a/data.pkl", pickle.as_slice()), ("a/byteorder", order), ("a/data/0", DATA), ("a/version", version)];
         open(Zip::new(&records).bytes).map_err(|error| error.to_string())?.read("w").map_err(|error| error.to_string())
     };
     for (class, unit, itemsize) in [

@@ -43,7 +43,7 @@ fn class_30_bytes_around_the_archive_and_ends_that_are_none() {
     refused(&[
         ("bytes before", "does not end where the end records begin", |zip| zip.insert(0, b"x")),
         ("a signature before", "does not end where the end records begin", |zip| zip.insert(0, b"PK\x03\x04")),
-        ("bytes behind", "no end record", |zip| zip.bytes.push(0)),
+        ("bytes behind", "1 bytes stand behind the archive", |zip| zip.bytes.push(0)),
         ("cut off", "no end record", |zip| zip.bytes.truncate(zip.end)),
         ("another disk", "split over several files", |zip| zip.put(zip.end + 4, &[1])),
         ("directory on another disk", "split over several files", |zip| zip.put(zip.end + 6, &[1])),

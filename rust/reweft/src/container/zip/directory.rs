@@ -93,7 +93,7 @@ fn read_end(source: &dyn ReadAt) -> Result<End> {
 }
 
 /// Finds the one end record whose comment reaches exactly to the end of the file.
-fn find_end(source: &dyn ReadAt) -> Result<u64> {
+pub(super) fn find_end(source: &dyn ReadAt) -> Result<u64> {
     let len = source.len();
     if len < END_NBYTES {
         return Err(Error::format(format!("{len} bytes are too few for a zip archive")));
@@ -116,8 +116,27 @@ fn find_end(source: &dyn ReadAt) -> Result<u64> {
             return check_alone(source, at).map(|()| at);
         }
     }
+    if let Some(at) = find_earlier_end(source, start)? {
+        let left = len - at;
+        return Err(Error::format(format!("{left} bytes stand behind the archive")).at(at));
+    }
     Err(Error::format("zip archive has no end record")
         .with_hint("the file is truncated or has bytes behind the archive; copy or download it again"))
+}
+
+/// Where the archive ends, if it ends before the file does: behind an end record that follows its directory.
+fn find_earlier_end(source: &dyn ReadAt, start: u64) -> Result<Option<u64>> {
+    let tail = read_vec(source, start, source.len() - start)?;
+    for at in (0..=tail.len().saturating_sub(22)).rev() {
+        let field = Fields(tail.get(at..).unwrap_or_default());
+        let offset = start + at as u64;
+        let directory = u64::from(field.u32(16)).checked_add(u64::from(field.u32(12)));
+        let end = offset + END_NBYTES + u64::from(field.u16(20));
+        if field.u32(0) == END_SIGNATURE && directory.is_some_and(|end| end <= offset) && end < source.len() {
+            return Ok(Some(end));
+        }
+    }
+    Ok(None)
 }
 
 /// Refuses an end record that other readers may take for the end: one before it whose comment reaches just as far.

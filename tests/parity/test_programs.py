@@ -405,6 +405,29 @@ class TestExported:
         with pytest.raises(reweft.FormatError, match="storage has 0"):
             reweft.open(self.changed(program, edit))
 
+    def test_big_endian(self, program: Path) -> None:
+        """torch takes the bytes as they are; the package says what they are."""
+        wanted = torch.export.load(program).state_dict
+
+        def turn(records: dict[str, bytes]) -> None:
+            config = json.loads(records["x/data/weights/model_weights_config.json"])["config"]
+            sizes = {row["path_name"]: wanted[key].element_size() for key, row in config.items()}
+            for name, size in sizes.items():
+                content = records[f"x/data/weights/{name}"]
+                turned = [content[at : at + size][::-1] for at in range(0, len(content), size)]
+                records[f"x/data/weights/{name}"] = b"".join(turned)
+            records["x/byteorder"] = b"big"
+
+        self.changed(program, turn)
+        for mmap in (False, True):
+            assert_holds(reweft.open(program, mmap=mmap), wanted)
+
+    def test_memory_and_file_agree(self, program: Path) -> None:
+        held, read = reweft.open(program.read_bytes()), reweft.open(program)
+        assert [(key, bytes(info.read())) for key, info in held.items()] == [
+            (key, bytes(info.read())) for key, info in read.items()
+        ]
+
     def test_top_level_key_is_refused(self, program: Path) -> None:
         with pytest.raises(reweft.NotFoundError) as error:
             reweft.open(program, top_level_key="fc")

@@ -88,9 +88,11 @@ class ConvertReport:
     """What a conversion did."""
 
     out: Path
-    """The file that was written."""
+    """The file to open: what was asked for, or the index of its shards."""
+    files: tuple[Path, ...]
+    """All files that were written, `out` last."""
     tensors: int
-    """Tensors in it."""
+    """Tensors in them."""
     nbytes: int
     """Bytes of all tensors."""
     dropped_aliases: dict[str, str]
@@ -297,6 +299,7 @@ def convert(
     dtype: str | None = None,
     format: Literal["safetensors", "pt"] | None = None,  # noqa: A002  (what it is called everywhere)
     shared: Literal["error", "duplicate", "drop-aliases"] = "error",
+    max_shard_size: int | str | None = None,
     sync: bool = True,
 ) -> ConvertReport:
     """Write a checkpoint in another format, or under other keys.
@@ -315,22 +318,34 @@ def convert(
             for what `torch.load` reads with `weights_only=True`, shared storages and strides kept.
         shared: What to do with tensors that share bytes, where the format cannot say so: refuse, write the bytes for
             each key, or write only the first key.
+        max_shard_size: Most bytes of tensors in one file, as a number or as "5GB" or "5GiB". If they do not fit one,
+            `net.safetensors` becomes `net-00001-of-00002.safetensors` and so on with `net.safetensors.index.json`,
+            which takes its name last. Tensors that share bytes go into one file, a larger tensor into one of its own.
         sync: Wait for the disk. Without it the file may be empty or absent after a power cut.
 
     Raises:
         UnsupportedError: A tensor cannot be read, or the format has no such dtype or key.
         MismatchError: Tensors share bytes and `shared` does not settle it.
-        UsageError: `dtype` is no float dtype, `out` is a file that the checkpoint is read from, or its extension stands
-            for no format.
+        UsageError: `dtype` is no float dtype, `out` is a file that the checkpoint is read from, its extension stands
+            for no format, the format has no shards, or a file of another layout is in the way.
         FormatError: The file is damaged, or changed while it was read; `out` is as it was.
         IoError: Reading or writing failed; `out` is as it was.
     """
     opened = _opened(checkpoint, top_level_key, keys)
     if dtype is not None:
         opened = opened.cast(dtype)
-    data = json.loads(_core.convert(opened._core, out, target=format, shared=shared, sync=sync))  # noqa: SLF001  (one package)
+    text = _core.convert(
+        opened._core,  # noqa: SLF001  (one package)
+        out,
+        target=format,
+        shared=shared,
+        max_shard=None if max_shard_size is None else str(max_shard_size),
+        sync=sync,
+    )
+    data = json.loads(text)
     return ConvertReport(
         out=Path(data["out"]),
+        files=tuple(map(Path, data["files"])),
         tensors=data["tensors"],
         nbytes=data["nbytes"],
         dropped_aliases=data["dropped_aliases"],

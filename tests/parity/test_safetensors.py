@@ -170,6 +170,22 @@ class TestSharedTensors:
         assert torch.equal(loaded["a"], base[:6])
         assert torch.equal(loaded["b"], base[4:])
 
+    def test_columns_of_a_matrix_share_nothing(self, tmp_path: Path) -> None:
+        base = torch.randn(50, 12)
+        state = {"q": base[:, :4], "k": base[:, 4:8], "v": base[:, 8:], "even": torch.arange(9)[::2]}
+        reweft.convert(save(state, tmp_path / "x.pt"), tmp_path / "x.safetensors")
+        loaded = load_file(tmp_path / "x.safetensors")
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
+        path = save({**state, "all": base}, tmp_path / "y.pt")
+        with pytest.raises(reweft.MismatchError):
+            reweft.convert(path, tmp_path / "x.safetensors", shared="drop-aliases")
+
+    def test_a_tied_column_is_an_alias_beside_other_columns(self, tmp_path: Path) -> None:
+        base = torch.randn(5, 12)
+        path = save({"q": base[:, :4], "k": base[:, 4:8], "tied": base[:, 4:8]}, tmp_path / "x.pt")
+        report = reweft.convert(path, tmp_path / "x.safetensors", shared="drop-aliases")
+        assert report.dropped_aliases == {"tied": "k"}
+
     def test_an_overlap_hidden_by_another_tensor_is_found(self, tmp_path: Path) -> None:
         base = torch.randn(10)
         path = save({"all": base, "first": base[:2], "last": base[8:]}, tmp_path / "x.pt")

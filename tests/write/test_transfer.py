@@ -195,7 +195,7 @@ def test_tensors_in_memory(tmp_path: Path) -> None:
         name = str(value.dtype).removeprefix("torch.")
         rows.append((key, name, list(value.shape), list(value.stride()), number, 0))
     checkpoint = _core.Checkpoint.from_buffers("memory", storages, rows)
-    _core.convert(checkpoint, tmp_path / "x.safetensors", target=None, shared="error", sync=False)
+    _core.convert(checkpoint, tmp_path / "x.safetensors", target=None, shared="error", max_shard=None, sync=False)
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(raw(loaded[key]) == raw(value) for key, value in state.items())
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use reweft::write::{ConvertOptions, TargetFormat};
+use reweft::write::{ConvertOptions, TargetFormat, parse_nbytes};
 use reweft::{Checkpoint, Dtype, Error, ErrorKind, KeyMap, OpenOptions, Rule};
 
 /// Put new weights into compiled models: exactly, all or nothing, without recompiling.
@@ -69,11 +69,13 @@ Examples:
   reweft convert epoch3.pt net.safetensors --top-level-key model_state_dict --remap '^module\\.='
   reweft convert net.pt net-half.safetensors --dtype bfloat16
   reweft convert tied.pt net.safetensors --shared drop-aliases
-  reweft convert model.safetensors model.pt")]
+  reweft convert model.safetensors model.pt
+  reweft convert model.pt model.safetensors --max-shard-size 5GB")]
 pub struct Convert {
     /// The checkpoint.
     pub input: PathBuf,
-    /// The file to write.
+    /// The file to write. With --max-shard-size, NAME.safetensors stands for NAME-00001-of-00002.safetensors and so on,
+    /// and NAME.safetensors.index.json.
     pub output: PathBuf,
     #[command(flatten)]
     pub keys: Keys,
@@ -87,6 +89,9 @@ pub struct Convert {
     /// What to do with tensors that share bytes, where the format cannot say so.
     #[arg(long, value_enum, default_value_t = Shared::Error)]
     pub shared: Shared,
+    /// Write several files with an index, each with at most so many bytes of tensors: 5GB, 500MiB, ...
+    #[arg(long, value_name = "SIZE", value_parser = parse_nbytes)]
+    pub max_shard_size: Option<u64>,
     /// Do not wait for the disk. After a power cut the output may be empty or absent.
     #[arg(long)]
     pub no_sync: bool,
@@ -106,7 +111,12 @@ impl Convert {
 
     /// The engine's options.
     pub fn options(&self) -> ConvertOptions {
-        ConvertOptions { format: self.format.map(Into::into), shared: self.shared.into(), sync: !self.no_sync }
+        ConvertOptions {
+            format: self.format.map(Into::into),
+            shared: self.shared.into(),
+            max_shard_nbytes: self.max_shard_size,
+            sync: !self.no_sync,
+        }
     }
 }
 

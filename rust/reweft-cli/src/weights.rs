@@ -33,7 +33,9 @@ pub fn convert(command: &Convert, out: &mut dyn Write) -> Outcome {
             output::notices([&format!("not tensors, so not in the file: {}", shorten(&list))]);
         }
         let (tensors, nbytes) = (report.tensors, output::bytes(report.nbytes));
-        writeln!(out, "{}: {tensors} tensors, {nbytes} bytes", command.output.display())?;
+        let shards =
+            if report.files.len() > 1 { format!(" in {} files", report.files.len() - 1) } else { String::new() };
+        writeln!(out, "{}: {tensors} tensors, {nbytes} bytes{shards}", report.out.display())?;
     }
     Ok(true)
 }

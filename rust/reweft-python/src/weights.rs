@@ -79,13 +79,14 @@ pub fn verify(py: Python<'_>, plan: &Plan) -> Result<String> {
 
 /// Writes a checkpoint in another format; gives the report as JSON.
 #[pyfunction]
-#[pyo3(name = "convert", signature = (checkpoint, out, *, target, shared, sync))]
+#[pyo3(name = "convert", signature = (checkpoint, out, *, target, shared, max_shard, sync))]
 pub fn write_converted(
     py: Python<'_>,
     checkpoint: &Checkpoint,
     out: PathBuf,
     target: Option<&str>,
     shared: &str,
+    max_shard: Option<&str>,
     sync: bool,
 ) -> Result<String> {
     let format = target.map(TargetFormat::from_name).transpose()?;
@@ -98,7 +99,8 @@ pub fn write_converted(
             return Err(Error::new(ErrorKind::Usage, what).into());
         }
     };
-    let options = ConvertOptions { format, shared, sync };
+    let max_shard_nbytes = max_shard.map(write::parse_nbytes).transpose()?;
+    let options = ConvertOptions { format, shared, max_shard_nbytes, sync };
     py.detach(|| to_json(&write::convert(&checkpoint.0, &out, &options, &mut |_, _| ())?))
 }
 

@@ -6,13 +6,15 @@ mod copy;
 mod options;
 mod refit;
 mod safetensors;
+mod shards;
+mod sharing;
 mod torch;
 mod transfer;
 mod verify;
 
 pub use atomic::AtomicFile;
 pub use convert::{ConvertReport, convert};
-pub use options::{ConvertOptions, Shared, TargetFormat};
+pub use options::{ConvertOptions, Shared, TargetFormat, parse_nbytes};
 pub use refit::{RefitReport, refit};
 pub use verify::{VerifyReport, verify};
 

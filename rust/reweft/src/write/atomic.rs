@@ -72,11 +72,18 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io). A failed sync is not tried again: the kernel may have dropped the
     /// pages, so the temporary file is given up.
     pub fn commit(self) -> Result<()> {
-        self.file.as_file().sync_all().map_err(|error| self.failed("fsync", error))?;
-        let folder = File::open(folder(&self.target)).map_err(|error| self.failed("open folder", error))?;
+        self.sync()?;
         let target = self.target.clone();
         self.commit_unsynced()?;
-        folder.sync_all().map_err(|error| Error::io("fsync folder", error).in_file(target))
+        sync_folder(&target)
+    }
+
+    /// Syncs the file under its temporary name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub(super) fn sync(&self) -> Result<()> {
+        self.as_file().sync_all().map_err(|error| self.failed("fsync", error))
     }
 
     /// [`commit`](Self::commit), or [`commit_unsynced`](Self::commit_unsynced).
@@ -93,6 +100,15 @@ impl AtomicFile {
         let renamed = self.file.persist(&self.target);
         renamed.map(drop).map_err(|error| Error::io("rename", error.error).in_file(&self.target))
     }
+}
+
+/// Syncs the folder of a file, so that its name is on the disk.
+///
+/// # Errors
+/// [`ErrorKind::Io`](crate::ErrorKind::Io).
+pub(super) fn sync_folder(of: &Path) -> Result<()> {
+    let synced = File::open(folder(of)).and_then(|folder| folder.sync_all());
+    synced.map_err(|error| Error::io("fsync folder", error).in_file(of))
 }
 
 fn folder(target: &Path) -> &Path {

@@ -6,17 +6,18 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde::Serialize;
 
-use super::{ConvertOptions, Progress, Shared, TargetFormat, refuse_same_file, safetensors, torch};
+use super::{ConvertOptions, Progress, TargetFormat, refuse_same_file, safetensors, shards, sharing, torch};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
-use crate::tensor::TensorInfo;
 
 /// What a conversion did.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConvertReport {
-    /// The file that was written.
+    /// The file to open: what was asked for, or the index of its shards.
     pub out: PathBuf,
-    /// Tensors in it.
+    /// All files that were written, `out` last.
+    pub files: Vec<PathBuf>,
+    /// Tensors in them.
     pub tensors: usize,
     /// Bytes of all tensors.
     pub nbytes: u64,
@@ -33,7 +34,8 @@ pub struct ConvertReport {
 /// Checks every CRC of what it reads. The kernel copies what can stay as it is; the rest passes through buffers of some
 /// 20 MiB in all, so memory does not grow with the model, except that a tensor whose elements are spread over its
 /// storage (a transposed one) is held whole. `out` appears whole or not at all, with the permissions that the
-/// process's umask leaves a new file.
+/// process's umask leaves a new file. With `max_shard_nbytes` there may be several files and an index, which takes its
+/// name last: whoever goes by the index sees the old files, the new ones or none, and never a mix.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a tensor that cannot be read, or a dtype or key that the format lacks,
@@ -60,19 +62,26 @@ pub fn convert(
     progress: Progress<'_>,
 ) -> Result<ConvertReport> {
     let format = options.format_of(out)?;
+    options.check(format)?;
     refuse_source(checkpoint, out)?;
     checkpoint.check_readable()?;
+    let mut tensors: Vec<_> = checkpoint.tensors().collect();
     let dropped_aliases = match format {
         TargetFormat::Torch => IndexMap::new(),
-        TargetFormat::Safetensors => settle_shared(checkpoint, options.shared, format)?,
+        TargetFormat::Safetensors => sharing::settle(checkpoint, &tensors, options.shared, format)?,
     };
-    let tensors: Vec<_> = checkpoint.tensors().filter(|(key, _)| !dropped_aliases.contains_key(*key)).collect();
-    let more_notices = match format {
-        TargetFormat::Safetensors => safetensors::write(checkpoint, &tensors, out, options, progress)?,
-        TargetFormat::Torch => torch::write(checkpoint, &tensors, out, options, progress)?,
-    };
+    tensors.retain(|(key, _)| !dropped_aliases.contains_key(*key));
+    let (mut files, mut more_notices) = (vec![out.to_owned()], Vec::new());
+    match (format, options.max_shard_nbytes) {
+        (TargetFormat::Safetensors, None) => safetensors::write(checkpoint, &tensors, out, options, progress)?,
+        (TargetFormat::Safetensors, Some(most)) => {
+            files = shards::write(checkpoint, &tensors, out, most, options, progress)?;
+        }
+        (TargetFormat::Torch, _) => more_notices = torch::write(checkpoint, &tensors, out, options, progress)?,
+    }
     Ok(ConvertReport {
-        out: out.to_owned(),
+        out: files.last().map_or(out, PathBuf::as_path).to_owned(),
+        files,
         tensors: tensors.len(),
         nbytes: tensors.iter().map(|(_, info)| info.nbytes()).sum(),
         dropped_aliases,
@@ -89,7 +98,7 @@ fn not_carried(checkpoint: &Checkpoint, format: TargetFormat) -> Vec<String> {
 }
 
 /// Refuses to write over any file that the checkpoint's bytes come from, under whichever name.
-fn refuse_source(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
+pub(super) fn refuse_source(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
     let what = "the checkpoint that it is made of";
     refuse_same_file(out, checkpoint.path(), what)?;
     let Ok(target) = out.metadata() else { return Ok(()) };
@@ -100,37 +109,4 @@ fn refuse_source(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Finds tensors whose bytes overlap. Gives the keys to leave out, with the key that stands for each.
-fn settle_shared(checkpoint: &Checkpoint, shared: Shared, format: TargetFormat) -> Result<IndexMap<String, String>> {
-    let mut dropped = IndexMap::new();
-    if shared == Shared::Duplicate {
-        return Ok(dropped);
-    }
-    let mut windows = Vec::new();
-    for (number, (key, info)) in checkpoint.tensors().enumerate() {
-        let (start, nbytes) = info.window(checkpoint.storage_of(info)?.nbytes)?;
-        if nbytes > 0 {
-            windows.push((info.storage, start, number, start + nbytes, key, info));
-        }
-    }
-    windows.sort_unstable_by_key(|window| (window.0, window.1, window.2));
-    let mut last: Option<(usize, u64, &str, &TensorInfo)> = None;
-    for (storage, start, _, end, key, info) in windows {
-        match last {
-            Some((other, until, kept, kept_info)) if other == storage && start < until => {
-                if shared == Shared::DropAliases && info == kept_info {
-                    dropped.insert(key.to_owned(), kept.to_owned());
-                } else {
-                    let what = format!("{kept:?} and {key:?} share bytes, which {} cannot say", format.name());
-                    return Err(Error::new(ErrorKind::Mismatch, what).in_file(checkpoint.path()).with_hint(
-                        "--shared duplicate writes the bytes twice, --shared drop-aliases only the first key",
-                    ));
-                }
-            }
-            _ => last = Some((storage, end, key, info)),
-        }
-    }
-    Ok(dropped)
 }

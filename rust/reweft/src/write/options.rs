@@ -20,6 +20,9 @@ pub struct ConvertOptions {
     pub format: Option<TargetFormat>,
     /// What to do with tensors that share bytes, where the format cannot say so.
     pub shared: Shared,
+    /// Most bytes of tensors in one file; safetensors alone has a layout for several. `None` writes one file, and so does
+    /// a number that all tensors fit. A larger tensor has a file of its own.
+    pub max_shard_nbytes: Option<u64>,
     /// Whether file and folder are synced, so that the file survives a power cut that follows. Without it the call is
     /// still all or nothing for everybody who looks, but after a power cut the new file may be empty or absent.
     pub sync: bool,
@@ -27,11 +30,21 @@ pub struct ConvertOptions {
 
 impl Default for ConvertOptions {
     fn default() -> Self {
-        Self { format: None, shared: Shared::default(), sync: true }
+        Self { format: None, shared: Shared::default(), max_shard_nbytes: None, sync: true }
     }
 }
 
 impl ConvertOptions {
+    /// Refuses options that the format has no use for.
+    pub(super) fn check(&self, format: TargetFormat) -> Result<()> {
+        let what = match self.max_shard_nbytes {
+            Some(0) => "a shard takes at least one byte".to_owned(),
+            Some(_) if format != TargetFormat::Safetensors => format!("{} is written as one file", format.name()),
+            _ => return Ok(()),
+        };
+        Err(Error::new(ErrorKind::Usage, what))
+    }
+
     /// The format that `out` gets.
     ///
     /// # Errors
@@ -49,6 +62,24 @@ impl ConvertOptions {
                 .with_hint(format!("known are {known}; or choose the format"))
         })
     }
+}
+
+/// Reads a number of bytes as people write it: `5GB` (decimal), `5GiB` (binary), `500 MB`, `1.5G`, `4096`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`].
+///
+/// # Examples
+/// ```
+/// assert_eq!(reweft::write::parse_nbytes("1.5GB")?, 1_500_000_000);
+/// assert!(reweft::write::parse_nbytes("5 apples").is_err());
+/// # Ok::<(), reweft::Error>(())
+/// ```
+pub fn parse_nbytes(text: &str) -> Result<u64> {
+    text.trim().parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| {
+        let error = Error::new(ErrorKind::Usage, format!("{text:?} is no number of bytes"));
+        error.with_hint("write 5GB for 5,000,000,000 bytes, 5GiB for 5 * 2^30")
+    })
 }
 
 /// The file formats that can be written.

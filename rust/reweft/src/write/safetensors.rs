@@ -5,7 +5,7 @@ use std::path::Path;
 use indexmap::IndexMap;
 use serde::Serialize;
 
-use super::transfer::{Piece, transfer};
+use super::transfer::{Piece, Transfers};
 use super::{AtomicFile, ConvertOptions, Progress};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
@@ -13,26 +13,65 @@ use crate::tensor::TensorInfo;
 
 /// The header is padded so that data starts at a multiple of this.
 const HEADER_ALIGNMENT: usize = 8;
+/// Bytes that state the header's length.
+const LENGTH_NBYTES: usize = 8;
 /// The key under which the format keeps its free-form metadata.
 const METADATA_KEY: &str = "__metadata__";
 
-/// Writes tensors as one file with the checkpoint's own `__metadata__`. Gives notices: there are none.
+/// The largest header that the reference implementation reads.
+const MAX_HEADER_NBYTES: usize = 100_000_000;
+
+/// Writes tensors as one file with the checkpoint's own `__metadata__`.
 pub(super) fn write(
     checkpoint: &Checkpoint,
     tensors: &[(&str, &TensorInfo)],
     out: &Path,
     options: &ConvertOptions,
     progress: Progress<'_>,
-) -> Result<Vec<String>> {
-    let (header, starts) = header(checkpoint, tensors)?;
+) -> Result<()> {
+    let prepared = Prepared::of(checkpoint, tensors)?;
     let file = AtomicFile::create(out)?;
-    file.write_at(&header, 0)?;
-    let at = |start| header.len() as u64 + start;
-    let pieces =
-        tensors.iter().zip(starts).map(|((key, info), start)| Piece { key, info, at: at(start), record: None });
-    transfer(checkpoint, &pieces.collect::<Vec<_>>(), &file, progress)?;
-    file.commit_if(options.sync)?;
-    Ok(Vec::new())
+    let mut transfers = Transfers::new(checkpoint, tensors.iter().map(|(_, info)| info.nbytes()).sum(), progress)?;
+    prepared.write(tensors, &file, &mut transfers)?;
+    transfers.finish()?;
+    file.commit_if(options.sync)
+}
+
+/// A file's header, and where each of its tensors starts behind it.
+pub(super) struct Prepared {
+    header: Vec<u8>,
+    starts: Vec<u64>,
+}
+
+impl Prepared {
+    /// Makes the header.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a dtype or key that the format lacks, and for too many keys.
+    pub fn of(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<Self> {
+        let (header, starts) = header(checkpoint, tensors)?;
+        if header.len() - LENGTH_NBYTES > MAX_HEADER_NBYTES {
+            let what =
+                format!("header of {} bytes; the format allows {MAX_HEADER_NBYTES}", header.len() - LENGTH_NBYTES);
+            let error = Error::new(ErrorKind::Unsupported, what).in_file(checkpoint.path());
+            return Err(error.with_hint("write several files with --max-shard-size"));
+        }
+        Ok(Self { header, starts })
+    }
+
+    /// Writes header and tensors.
+    pub fn write(
+        &self,
+        tensors: &[(&str, &TensorInfo)],
+        file: &AtomicFile,
+        transfers: &mut Transfers<'_>,
+    ) -> Result<()> {
+        file.write_at(&self.header, 0)?;
+        let at = |start| self.header.len() as u64 + start;
+        let pieces = tensors.iter().zip(&self.starts);
+        let pieces = pieces.map(|((key, info), start)| Piece { key, info, at: at(start), record: None });
+        transfers.run(&pieces.collect::<Vec<_>>(), file).map(drop)
+    }
 }
 
 /// One entry of the header.
@@ -72,10 +111,10 @@ fn header(checkpoint: &Checkpoint, tensors: &[(&str, &TensorInfo)]) -> Result<(V
         })?;
         json.insert(*key, HeaderEntry::Tensor { dtype, shape: &info.shape, data_offsets: *data_offsets });
     }
-    let mut bytes = vec![0; 8];
+    let mut bytes = vec![0; LENGTH_NBYTES];
     serde_json::to_writer(&mut bytes, &json).map_err(|error| Error::io("write", error.into()))?;
     bytes.resize(bytes.len().next_multiple_of(HEADER_ALIGNMENT), b' ');
-    let length = (bytes.len() - 8) as u64;
-    bytes[..8].copy_from_slice(&length.to_le_bytes());
+    let length = (bytes.len() - LENGTH_NBYTES) as u64;
+    bytes[..LENGTH_NBYTES].copy_from_slice(&length.to_le_bytes());
     Ok((bytes, offsets.into_iter().map(|(start, _)| start).collect()))
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use indexmap::IndexMap;
 use reweft_pickle::{Memoized, Writer};
 
-use super::transfer::{Piece, transfer};
+use super::transfer::{Piece, Transfers};
 use super::{AtomicFile, ConvertOptions, Progress};
 use crate::checkpoint::Checkpoint;
 use crate::container::zip::{NewRecord, tail};
@@ -45,7 +45,9 @@ pub(super) fn write(
     });
     let pieces: Vec<_> = pieces.collect();
     let file = AtomicFile::create(out)?;
-    let crcs = transfer(checkpoint, &pieces, &file, progress)?;
+    let mut transfers = Transfers::new(checkpoint, pieces.iter().map(|piece| piece.info.nbytes()).sum(), progress)?;
+    let crcs = transfers.run(&pieces, &file)?;
+    transfers.finish()?;
     records.finish(&file, &crcs)?;
     file.commit_if(options.sync)?;
     notices(checkpoint, &storages)

@@ -42,34 +42,58 @@ pub(super) struct Piece<'a> {
     pub record: Option<&'a NewRecord>,
 }
 
-/// Writes all pieces to `out` and checks every CRC of what it reads. Gives the CRC-32 of each piece that is a record, and
-/// 0 for others.
-///
-/// # Errors
-/// Read errors; [`ErrorKind::Format`](crate::ErrorKind::Format) for a wrong CRC or a source that changed meanwhile;
-/// [`ErrorKind::Limit`](crate::ErrorKind::Limit) for a tensor that repeats a small storage very often.
-pub(super) fn transfer(
-    checkpoint: &Checkpoint,
-    pieces: &[Piece<'_>],
-    out: &AtomicFile,
-    progress: Progress<'_>,
-) -> Result<Vec<u32>> {
-    let before = stats(checkpoint)?;
-    let job = Job::plan(checkpoint, pieces, out)?;
-    let (mut done, nbytes) = (0, pieces.iter().map(|piece| piece.info.nbytes()).sum::<u64>());
-    job.run(&mut |moved| {
-        done = nbytes.min(done + moved);
-        progress(done, nbytes);
-    })?;
-    job.write_records()?;
-    // A source that somebody writes to could have been read before, and copied after, the change.
-    for (file, before) in checkpoint.files().zip(&before) {
-        let after = file.metadata().map_err(|error| Error::io("stat", error).in_file(checkpoint.path()))?;
-        if after.len() != before.len() || after.modified().ok() != before.modified().ok() {
-            return Err(Error::format("the file was changed while it was read").in_file(checkpoint.path()));
-        }
+/// The transfers of one conversion, into one file or several.
+pub(super) struct Transfers<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The source files as they were.
+    before: Vec<Metadata>,
+    /// By storage number: each record is checked once, whatever is taken of it, and by however many files.
+    checked: Vec<bool>,
+    /// Bytes written, of how many.
+    done: (u64, u64),
+    progress: Progress<'a>,
+}
+
+impl<'a> Transfers<'a> {
+    /// Begins to move `nbytes` bytes of tensors.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn new(checkpoint: &'a Checkpoint, nbytes: u64, progress: Progress<'a>) -> Result<Self> {
+        let checked = vec![false; checkpoint.storages().len()];
+        Ok(Self { checkpoint, before: stats(checkpoint)?, checked, done: (0, nbytes), progress })
     }
-    Ok(job.crcs.into_iter().map(AtomicU32::into_inner).collect())
+
+    /// Writes all pieces to `out` and checks every CRC of what it reads. Gives the CRC-32 of each piece that is a record,
+    /// and 0 for others.
+    ///
+    /// # Errors
+    /// Read errors; [`ErrorKind::Format`](crate::ErrorKind::Format) for a wrong CRC;
+    /// [`ErrorKind::Limit`](crate::ErrorKind::Limit) for a tensor that repeats a small storage very often.
+    pub fn run(&mut self, pieces: &[Piece<'_>], out: &AtomicFile) -> Result<Vec<u32>> {
+        let job = Job::plan(self.checkpoint, pieces, out, &mut self.checked)?;
+        job.run(&mut |moved| {
+            let (done, of) = &mut self.done;
+            *done = (*of).min(*done + moved);
+            (self.progress)(*done, *of);
+        })?;
+        job.write_records()?;
+        Ok(job.crcs.into_iter().map(AtomicU32::into_inner).collect())
+    }
+
+    /// Ends all transfers. A source that somebody writes to could have been checked before, and copied after, the change.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) for a source that changed meanwhile.
+    pub fn finish(self) -> Result<()> {
+        for (before, after) in self.before.iter().zip(stats(self.checkpoint)?) {
+            if after.len() != before.len() || after.modified().ok() != before.modified().ok() {
+                let what = "the file was changed while it was read";
+                return Err(Error::format(what).in_file(self.checkpoint.path()));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn stats(checkpoint: &Checkpoint) -> Result<Vec<Metadata>> {
@@ -113,14 +137,17 @@ struct Check<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn plan(checkpoint: &'a Checkpoint, pieces: &'a [Piece<'a>], out: &'a AtomicFile) -> Result<Self> {
+    fn plan(
+        checkpoint: &'a Checkpoint,
+        pieces: &'a [Piece<'a>],
+        out: &'a AtomicFile,
+        checked: &mut [bool],
+    ) -> Result<Self> {
         let crcs = pieces.iter().map(|_| AtomicU32::new(0)).collect();
         let (copies, small, streams, checks) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut job = Self { checkpoint, pieces, out, crcs, copies, small, streams, checks };
-        // By storage number: each record is checked once, whatever is taken of it.
-        let mut checked = vec![false; checkpoint.storages().len()];
         for (number, piece) in pieces.iter().enumerate() {
-            job.add(number, piece, &mut checked).map_err(|error| job.in_place(piece.key, error))?;
+            job.add(number, piece, checked).map_err(|error| job.in_place(piece.key, error))?;
         }
         job.copies.sort_by_key(|copy| copy.to);
         job.copies.dedup_by(|next, copy| {

@@ -11,6 +11,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a body reports a finding by panicking")]
 
 mod archive;
+mod config;
+mod convert;
+mod index;
 mod legacy;
 mod memory;
 mod pickle;
@@ -35,6 +38,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "legacy", body: legacy::body },
     Target { name: "tar", body: tar::body },
     Target { name: "safetensors", body: safetensors::body },
+    Target { name: "index", body: index::body },
+    Target { name: "config", body: config::body },
+    Target { name: "convert", body: convert::body },
 ];
 
 /// Runs the body of a target.

@@ -16,6 +16,11 @@ const STORAGE_NBYTES: [usize; 2] = [96, 24];
 pub(crate) fn body(bytes: &[u8]) {
     parse(bytes);
     let _ = agree(bytes, &options());
+    let _ = agree(&archive_of(bytes), &options());
+}
+
+/// An archive with this pickle and the storages `0` and `1`.
+pub(crate) fn archive_of(bytes: &[u8]) -> Vec<u8> {
     let storages = STORAGE_NBYTES.map(|nbytes| (0_u8..=255).cycle().take(nbytes).collect::<Vec<u8>>());
     let records = [
         ("a/data.pkl", bytes),
@@ -24,7 +29,7 @@ pub(crate) fn body(bytes: &[u8]) {
         ("a/data/1", &storages[1]),
         ("a/version", b"3\n"),
     ];
-    let _ = agree(&stored(&records), &options());
+    stored(&records)
 }
 
 fn parse(bytes: &[u8]) {

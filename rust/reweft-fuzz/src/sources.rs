@@ -12,9 +12,9 @@ use crate::memory::within;
 
 /// Bytes held while opening, for each byte of the input. A value of a pickle takes 32 bytes, an object that is filled
 /// about 150, and vectors grow by doubling; a byte or two make either.
-const OPEN_FACTOR: u64 = 400;
+pub(crate) const OPEN_FACTOR: u64 = 400;
 /// Bytes held while opening, whatever the input.
-const OPEN_NBYTES: u64 = 4 << 20;
+pub(crate) const OPEN_NBYTES: u64 = 4 << 20;
 /// Bytes of tensors that are read of one input; more would only make the fuzzer slow.
 const READ_NBYTES: u64 = 4 << 20;
 /// Elements of a tensor up to which it is compared with plain indexing.
@@ -36,10 +36,15 @@ struct Seen {
 /// Opens `bytes` from memory, by reading a file and by mapping it, and checks that nothing tells the three apart.
 /// Gives the one from memory.
 pub(crate) fn agree(bytes: &[u8], options: &OpenOptions) -> Result<Checkpoint, String> {
+    with_file(bytes, |path| agree_at(path, bytes, options))
+}
+
+/// Hands over a file that holds `bytes`.
+pub(crate) fn with_file<T>(bytes: &[u8], then: impl FnOnce(&Path) -> T) -> T {
     FILE.with_borrow_mut(|slot| {
         let file = slot.get_or_insert_with(|| NamedTempFile::new().unwrap());
         std::fs::write(file.path(), bytes).unwrap();
-        agree_at(file.path(), bytes, options)
+        then(file.path())
     })
 }
 

@@ -4,6 +4,7 @@
 //! between, from a [`TensorInfo`] to bytes, is here and the same for all.
 
 mod arrays;
+mod budget;
 mod derive;
 mod detect;
 mod exported;
@@ -44,6 +45,7 @@ use crate::limits::Limits;
 use crate::recipe::{Recipe, Step};
 use crate::source::{self, Access, Source};
 use crate::tensor::{TensorInfo, contiguous};
+pub(crate) use budget::Budget;
 use derive::{Derive, Derived};
 pub(crate) use detect::visit;
 pub use flatten::Value;
@@ -492,7 +494,7 @@ impl Checkpoint {
         }
         let (top_level_key, limits) = (self.top_level_key.clone(), limits.clone());
         let options = OpenOptions { top_level_key, limits, ..OpenOptions::default() };
-        let found = visit(source, &options, |pickle| config::survey(pickle, options.top_level_key.as_deref()));
+        let found = visit(source, &options, |pickle| config::survey(pickle, &options));
         found.map(Some).map_err(|error| error.in_file(&self.path))
     }
 

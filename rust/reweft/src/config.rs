@@ -91,7 +91,7 @@ enum State {
 impl Config {
     /// Reads a config of a file: a checkpoint of any format that torch writes or wrote, or a pickle.
     ///
-    /// Time and memory are linear in the file's pickle.
+    /// Time and memory are linear in the file's pickle; `max_expansion` bounds what sharing multiplies.
     ///
     /// # Errors
     /// As [`Checkpoint::open`](crate::Checkpoint::open); [`ErrorKind::Unsupported`] with the path of a tensor or of a
@@ -107,8 +107,7 @@ impl Config {
     /// As [`open`](Self::open).
     #[allow(clippy::needless_pass_by_value, reason = "the source is handed over, as to a checkpoint")]
     pub fn from_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
-        checkpoint::visit(&source, options, |pickle| read::read(pickle, options.top_level_key.as_deref()))
-            .map_err(|error| error.in_file(name))
+        checkpoint::visit(&source, options, |pickle| read::read(pickle, options)).map_err(|error| error.in_file(name))
     }
 
     /// Number of the outermost value.

@@ -10,6 +10,7 @@ use std::fmt;
 use reweft_pickle::{NodeId, Pickle, Value as Node};
 use serde::Serialize;
 
+use super::budget::Budget;
 use super::globals::is_tensor;
 use super::module;
 use super::numpy;
@@ -22,10 +23,6 @@ use crate::keymap::suggest;
 const BARE_TENSOR: &str = "tensor";
 /// What a value costs of the budget, beside its path: a key and a tensor's metadata take some hundred bytes.
 const VALUE_COST: u64 = 64;
-/// What it costs to look at an item of a container.
-const ITEM_COST: u64 = 8;
-/// The budget of a pickle of no size.
-const FREE_COST: u64 = 1 << 20;
 
 /// Something in a checkpoint that is no tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -79,11 +76,10 @@ pub(super) fn flatten_all(
 ) -> Result<Flat> {
     let expected = rebuild.saved.places.expected_storages();
     let items = Items::with_capacity_and_hasher(expected, foldhash::quality::RandomState::default());
-    let per_byte = options.limits.max_expansion;
     let mut walk = Walk {
         pickle,
         options,
-        budget: per_byte.saturating_mul(pickle.nbytes() as u64).saturating_add(FREE_COST),
+        budget: Budget::new(pickle, &options.limits),
         flat: Flat { items, values: Vec::new() },
         open: HashSet::new(),
         holds_tensor: None,
@@ -99,8 +95,7 @@ pub(super) fn flatten_all(
 struct Walk<'a> {
     pickle: &'a Pickle<'a>,
     options: &'a OpenOptions,
-    /// What the walk may still cost; sharing multiplies values, and `max_expansion` bounds by how much.
-    budget: u64,
+    budget: Budget,
     flat: Flat,
     /// Containers that the path leads through.
     open: HashSet<NodeId>,
@@ -157,8 +152,8 @@ impl<'a> Walk<'a> {
             );
             return Err(Error::new(ErrorKind::Limit, what));
         }
-        self.spend(VALUE_COST + self.path.len() as u64)?;
-        self.spend(ITEM_COST.saturating_mul(module::work(self.pickle, id, self.budget / ITEM_COST)))?;
+        self.budget.spend(VALUE_COST + self.path.len() as u64)?;
+        self.budget.look_at(self.pickle, id)?;
         match rebuild.item(id).map_err(|error| error.of_key(&self.path))? {
             Some(Rebuilt::Item(item)) => return self.keep(item).map(|()| None),
             Some(Rebuilt::Value(what)) => return self.keep_unknown(id, what),
@@ -224,16 +219,6 @@ impl<'a> Walk<'a> {
             None => Ok(()),
             Some(_) => Err(Error::new(ErrorKind::KeyCollision, "two tensors have this key").of_key(&self.path)),
         }
-    }
-
-    /// Takes from the budget.
-    fn spend(&mut self, cost: u64) -> Result<()> {
-        self.budget = self.budget.checked_sub(cost).ok_or_else(|| {
-            let limit = self.options.limits.max_expansion;
-            let what = format!("shared containers unfold to too much for their size; max_expansion is {limit}");
-            Error::new(ErrorKind::Limit, what)
-        })?;
-        Ok(())
     }
 
     fn note(&mut self, what: String) {

@@ -39,46 +39,6 @@ pub(super) fn state(pickle: &Pickle<'_>, id: NodeId) -> Option<Module> {
     Some(module)
 }
 
-/// How many items are looked at to tell what a value is: its own, and those of its arguments and its states. Stops
-/// counting above `limit`.
-pub(super) fn work(pickle: &Pickle<'_>, id: NodeId, limit: u64) -> u64 {
-    let mut work = items_in(pickle, id);
-    let Some(object) = pickle.as_object(id) else { return work };
-    for arg in pickle.as_tuple(object.args).unwrap_or_default() {
-        work += 1 + items_in(pickle, *arg);
-    }
-    for state in object.state() {
-        let pairs = match pickle.get(*state) {
-            Value::Dict(pairs) => pairs.as_slice(),
-            Value::Object(object) => object.dict_items(),
-            _ => &[],
-        };
-        work += items_in(pickle, *state);
-        for (_, value) in pairs {
-            work += 1 + items_in(pickle, *value);
-        }
-        if work > limit {
-            break;
-        }
-    }
-    work
-}
-
-/// Items of a container, those given to its constructor included.
-fn items_in(pickle: &Pickle<'_>, id: NodeId) -> u64 {
-    let count = match pickle.get(id) {
-        Value::Dict(pairs) => pairs.len(),
-        Value::List(items) | Value::Set(items) => items.len(),
-        Value::Tuple(items) | Value::FrozenSet(items) => items.len(),
-        Value::Object(object) => {
-            let given = pickle.as_tuple(object.args).and_then(|args| pickle.as_sequence(*args.first()?));
-            object.dict_items().len() + object.list_items().len() + given.map_or(0, <[NodeId]>::len)
-        }
-        _ => 0,
-    };
-    count as u64
-}
-
 /// The texts in a set, as opcodes of protocol 4 write it or as a call of `set`.
 fn names_in_set<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> HashSet<&'p str> {
     let items = match pickle.get(id) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use foldhash::quality::RandomState;
 use reweft_pickle::{NodeId, Object, Pickle, Value};
 
+use super::budget::items_in;
 use super::globals::{FUNCTIONS, Function, Globals, global_dtype, is_parameter, is_plain_class};
 use super::made::{Making, Signs};
 use super::parts::{attributes, describe_meta, describe_shell, jagged, nested, sparse};
@@ -524,6 +525,9 @@ enum Inner<'p> {
 /// The bits in `{"conj": True, "neg": True}`, either of which may be absent; `None` for anything else.
 /// The bits in `{"conj": True, "neg": True}`, either of which may be absent; `None` for anything else.
 fn signs(pickle: &Pickle<'_>, metadata: NodeId) -> Option<Signs> {
+    if items_in(pickle, metadata) > 2 {
+        return None;
+    }
     let mut signs = Signs { conjugate: false, negate: false };
     for (key, value) in pickle.dict(metadata)?.iter() {
         match pickle.as_str(*key)? {

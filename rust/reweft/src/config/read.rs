@@ -8,8 +8,8 @@ use reweft_pickle::{How, NodeId, Object as Call, Pickle, Value as Node};
 use super::known;
 use super::value::{Array, Dict, DictClass, Elements, Id, Name, NameKind, Object, Opaque, Pairs, Value};
 use super::{Config, Label};
-use crate::checkpoint::is_tensor;
 use crate::checkpoint::numpy::{self, Data};
+use crate::checkpoint::{Budget, OpenOptions, is_tensor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
 
@@ -21,8 +21,8 @@ const FACTORIES: &[&str] =
     &["list", "dict", "set", "tuple", "int", "float", "bool", "str", "bytes", "complex", "frozenset"];
 
 /// Reads the value below `top_level_key` and all that it holds.
-pub(super) fn read(pickle: &Pickle<'_>, top_level_key: Option<&str>) -> Result<Config> {
-    let config = walk(pickle, top_level_key, false)?;
+pub(super) fn read(pickle: &Pickle<'_>, options: &OpenOptions) -> Result<Config> {
+    let config = walk(pickle, options, false)?;
     config.check_cycles()?;
     config.check_keys()?;
     Ok(config)
@@ -30,11 +30,12 @@ pub(super) fn read(pickle: &Pickle<'_>, top_level_key: Option<&str>) -> Result<C
 
 /// Reads everything in a pickle, with tensors and what is not known as [`Value::Opaque`]. Values may hold themselves,
 /// and dicts may have a key twice.
-pub(crate) fn survey(pickle: &Pickle<'_>, top_level_key: Option<&str>) -> Result<Config> {
-    walk(pickle, top_level_key, true)
+pub(crate) fn survey(pickle: &Pickle<'_>, options: &OpenOptions) -> Result<Config> {
+    walk(pickle, options, true)
 }
 
-fn walk(pickle: &Pickle<'_>, top_level_key: Option<&str>, is_survey: bool) -> Result<Config> {
+fn walk(pickle: &Pickle<'_>, options: &OpenOptions, is_survey: bool) -> Result<Config> {
+    let top_level_key = options.top_level_key.as_deref();
     let root = match top_level_key {
         Some(key) => descend(pickle, key)?,
         None => pickle.root(),
@@ -52,9 +53,10 @@ fn walk(pickle: &Pickle<'_>, top_level_key: Option<&str>, is_survey: bool) -> Re
         is_survey,
     };
     reader.child(root, Id(0), Label::Root).map_err(|error| error.of_key(top_level_key.unwrap_or_default()))?;
-    let mut next = 0;
+    let (mut next, mut budget) = (0, Budget::new(pickle, &options.limits));
     while let Some(node) = reader.nodes.get(next).copied() {
         let id = Id(number(next)?);
+        budget.look_at(pickle, node)?;
         let value = match reader.value(node, id) {
             Err(error) if is_survey && error.kind() != ErrorKind::Limit => {
                 let is_tensor = is_tensor(pickle, node);

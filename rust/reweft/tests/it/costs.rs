@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use allocation_counter::measure;
+use reweft::config::Config;
 use reweft::{Checkpoint, ErrorKind, Limits, OpenOptions, Result};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -20,12 +21,13 @@ fn thread_time() -> Duration {
     Duration::new(u64::try_from(now.tv_sec).unwrap(), u32::try_from(now.tv_nsec).unwrap())
 }
 
-/// The least of a few runs, opening and dropping included.
+/// The least of a few runs, as a checkpoint and as a config, dropping included.
 fn cost(bytes: &[u8]) -> Duration {
+    let source = Arc::new(bytes.to_vec());
     let run = || {
-        let bytes = bytes.to_vec();
         let start = thread_time();
-        drop(open(bytes));
+        drop(Checkpoint::from_source(Path::new("x"), source.clone(), &OpenOptions::default()));
+        drop(Config::from_source(Path::new("x"), source.clone(), &OpenOptions::default()));
         thread_time().saturating_sub(start)
     };
     (0..3).map(|_| run()).min().unwrap()
@@ -36,7 +38,10 @@ fn cost(bytes: &[u8]) -> Duration {
 fn is_linear(what: &str, size: usize, make: impl Fn(usize) -> Vec<u8>) {
     let (small, large) = (make(size), make(8 * size));
     assert!(large.len() >= 6 * small.len(), "{what}: the input does not grow");
-    let (few, many) = (cost(&small), cost(&large));
+    let limit = 400 * large.len() as u64 + (8 << 20);
+    let (few, mut many) = (cost(&small), Duration::ZERO);
+    let held = measure(|| many = cost(&large)).bytes_max;
+    assert!(held <= limit, "{what}: holds {held} bytes for {}", large.len());
     assert!(many <= 24 * few + Duration::from_millis(3), "{what}: {few:?}, then {many:?} for eight times the input");
 }
 
@@ -160,6 +165,31 @@ fn class_16_time_grows_as_the_pickle_does() {
     });
     is_linear("an object of n states of n pairs", 2_000, |n| {
         shared_by(1, &pairs(n), &[b"cm\nA\n)R".to_vec(), [get(1), b"b".to_vec()].concat().repeat(n)].concat())
+    });
+    is_linear("n parameters around one tensor with n hooks", 1_000, |n| {
+        let hooks = [b"ccollections\nOrderedDict\n(](".to_vec(), b"](NNe".repeat(n), b"etR".to_vec()].concat();
+        let call = tensor(&[NO_HOOKS, &hooks].concat());
+        archive(&shared_by(
+            n,
+            &call,
+            &[b"ctorch._utils\n_rebuild_parameter\n(", get(1).as_slice(), b"\x89NtR"].concat(),
+        ))
+    });
+    is_linear("n dicts made of one list of n pairs", 2_000, |n| {
+        let pairs = [b"](".to_vec(), b"](NNe".repeat(n), b"e".to_vec()].concat();
+        shared_by(n, &pairs, &[b"ccollections\nOrderedDict\n(", get(1).as_slice(), b"tR"].concat())
+    });
+    is_linear("n objects with n arguments", 4_000, |n| {
+        let args = [b"(".to_vec(), b"K\x07".repeat(n), b"t".to_vec()].concat();
+        shared_by(n, &args, &[b"cm\nA\n", get(1).as_slice(), b"R"].concat())
+    });
+    is_linear("n arrays of n objects", 2_000, |n| {
+        let array = [
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tU\x01btR(K\x01(".to_vec(),
+            [int(i64::try_from(n).unwrap()), b"tcnumpy\ndtype\n(U\x02O8K\0K\x01tR\x89".to_vec(), get(1)].concat(),
+            b"tb".to_vec(),
+        ];
+        shared_by(n, &numbers(n), &array.concat())
     });
     is_linear("n modules that share a set of n names", 2_000, |n| {
         let names = [b"c__builtin__\nset\n(](".to_vec(), text("x").repeat(n), b"etR".to_vec()].concat();

@@ -47,7 +47,24 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for Pairs<V> {
 /// Reads a whole document.
 ///
 /// # Errors
-/// [`ErrorKind::Format`](crate::ErrorKind::Format) with line and column.
+/// [`ErrorKind::Format`](crate::ErrorKind::Format) with line and column; also for bytes that are no UTF-8 in parts that
+/// nobody asks for, which serde would skip.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|error| Error::format(format!("JSON: {error}")))
+    let text = str::from_utf8(bytes).map_err(|error| Error::format(format!("JSON: {error}")))?;
+    serde_json::from_str(text).map_err(|error| Error::format(format!("JSON: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_skipped_is_text_too() {
+        #[derive(serde::Deserialize)]
+        struct One {
+            a: u8,
+        }
+        assert_eq!(parse::<One>(br#"{"a":1,"b":"x"}"#).unwrap().a, 1);
+        assert!(parse::<One>(b"{\"a\":1,\"b\":\"\xff\"}").is_err_and(|error| error.to_string().contains("utf-8")));
+    }
 }

@@ -44,7 +44,11 @@ fn forms(config: &Config, options: &OpenOptions) {
     match serde_json::from_str::<serde_json::Value>(&text) {
         // Where a type of serde's can hold the value, both ways to it agree on what kind of thing it is.
         Ok(parsed) => assert!(value.is_err() || value.is_ok_and(|value| same_kind(&value, &parsed)), "{text}"),
-        Err(error) => assert!(error.to_string().contains("recursion limit"), "{error}: {text}"),
+        // JSON has no largest number and no deepest level; this reader does.
+        Err(error) => {
+            let known = ["recursion limit", "number out of range"];
+            assert!(known.iter().any(|known| error.to_string().contains(known)), "{error}: {text}");
+        }
     }
 }
 

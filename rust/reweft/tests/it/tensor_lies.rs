@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use reweft::{Checkpoint, ErrorKind, OpenOptions, Result};
 
-use crate::build::{NO_HOOKS, Tensor, Zip, dict, int, pt, text};
+use crate::build::{NO_HOOKS, Record, Tensor, Zip, dict, int, pt, text};
 
 const DATA: &[u8] = &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
@@ -124,6 +124,14 @@ fn class_19_windows_behind_their_storage() {
     // What has no elements lies nowhere.
     let none = Tensor { storage_offset: 99, size: &[0, 7], stride: &[7, 1], ..Tensor::default() };
     assert_eq!(with(&none).unwrap().read("w").unwrap(), b"");
+}
+
+#[test]
+fn class_19_an_empty_tensor_is_read_however_its_storage_is_packed() {
+    let pickle = dict(&[("w", Tensor { numel: 0, size: &[0], ..Tensor::default() }.opcodes())]);
+    let unknown = Record { method: 2048, ..Record::new("a/data/0", b"") };
+    let zip = Zip::of(&[Record::new("a/data.pkl", &pickle), unknown, Record::new("a/version", b"3\n")]);
+    assert_eq!(open(zip.bytes).unwrap().read("w").unwrap(), b"");
 }
 
 #[test]

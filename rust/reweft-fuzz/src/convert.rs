@@ -36,7 +36,7 @@ fn round_trip(bytes: Vec<u8>, folder: &Path) {
     }
     for format in TargetFormat::ALL {
         for shared in [Shared::Duplicate, Shared::DropAliases] {
-            let options = ConvertOptions { format: Some(*format), shared, sync: false };
+            let options = ConvertOptions { format: Some(*format), shared, sync: false, ..ConvertOptions::default() };
             write(&checkpoint, &folder.join("out"), &options);
             assert_eq!(std::fs::read_dir(folder).unwrap().count(), 0, "files are left over");
         }

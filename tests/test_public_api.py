@@ -17,6 +17,7 @@ MODULES = [
     "reweft",
     "reweft.errors",
     "reweft.keymap",
+    "reweft.limits",
     "reweft.checkpoint",
     "reweft.config",
     "reweft.diff",

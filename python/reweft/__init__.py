@@ -23,6 +23,7 @@ from reweft.errors import (
     UsageError,
 )
 from reweft.keymap import KeyMap, KeyReport
+from reweft.limits import Limits
 from reweft.refitting import (
     ConvertReport,
     Finding,
@@ -52,6 +53,7 @@ __all__ = [
     "KeyMap",
     "KeyReport",
     "LimitError",
+    "Limits",
     "MismatchError",
     "NotFoundError",
     "Plan",

@@ -12,6 +12,7 @@ import numpy as np
 from reweft import _core
 from reweft.errors import UnsupportedError
 from reweft.keymap import KeyReport
+from reweft.limits import given
 
 if TYPE_CHECKING:
     import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from reweft.keymap import KeyMap
+    from reweft.limits import Limits
 
 IN_MEMORY = "<bytes>"
 """Stands for the path of a checkpoint that was opened from bytes."""
@@ -190,6 +192,7 @@ def open(  # noqa: A001  (`reweft.open` is the name)
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
     mmap: bool = False,
+    limits: Limits | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without running anything in it. Reads metadata only; the format is found by content.
 
@@ -200,12 +203,14 @@ def open(  # noqa: A001  (`reweft.open` is the name)
         keys: Which keys, under which names.
         mmap: Map the file instead of reading from it: no copies, but if another process truncates the file, this
             one ends with SIGBUS.
+        limits: What reading may cost; None for the defaults.
 
     Raises:
         FormatError: The file is damaged; `.path`, `.record` and `.byte_offset` say where.
         UnsupportedError: It is something else than a checkpoint that reweft reads; the message says what.
         NotFoundError: The top-level key does not exist; the message lists those that do.
         KeyCollisionError: Two tensors have one key.
+        LimitError: A named limit was reached.
         IoError: It cannot be read.
 
     Example:
@@ -216,7 +221,9 @@ def open(  # noqa: A001  (`reweft.open` is the name)
     core_keys = None if keys is None else keys._core  # noqa: SLF001  (one package)
     if isinstance(path, bytes | bytearray | memoryview):
         data = path if isinstance(path, bytes) else bytes(path)
-        core = _core.Checkpoint.from_bytes(data, name=IN_MEMORY, top_level_key=top_level_key, keys=core_keys)
+        core = _core.Checkpoint.from_bytes(
+            data, name=IN_MEMORY, top_level_key=top_level_key, keys=core_keys, limits=given(limits)
+        )
     else:
-        core = _core.Checkpoint.open(path, top_level_key=top_level_key, keys=core_keys, mmap=mmap)
+        core = _core.Checkpoint.open(path, top_level_key=top_level_key, keys=core_keys, mmap=mmap, limits=given(limits))
     return Checkpoint(core)

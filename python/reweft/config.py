@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from reweft import _core
 from reweft._config_values import ConfigDict, ConfigName, ConfigObject
 from reweft._into import fit
+from reweft.limits import given
 
 if TYPE_CHECKING:
     import os
+
+    from reweft.limits import Limits
 
 __all__ = ["ConfigDict", "ConfigName", "ConfigObject", "load_config"]
 
@@ -17,11 +20,19 @@ T = TypeVar("T")
 
 
 @overload
-def load_config(path: str | os.PathLike[str], *, top_level_key: str | None = None) -> Any: ...
-@overload
-def load_config(path: str | os.PathLike[str], *, top_level_key: str | None = None, into: type[T]) -> T: ...
 def load_config(
-    path: str | os.PathLike[str], *, top_level_key: str | None = None, into: type[Any] | None = None
+    path: str | os.PathLike[str], *, top_level_key: str | None = None, limits: Limits | None = None
+) -> Any: ...
+@overload
+def load_config(
+    path: str | os.PathLike[str], *, top_level_key: str | None = None, into: type[T], limits: Limits | None = None
+) -> T: ...
+def load_config(
+    path: str | os.PathLike[str],
+    *,
+    top_level_key: str | None = None,
+    into: type[Any] | None = None,
+    limits: Limits | None = None,
 ) -> Any:
     """Read the part of a checkpoint that is no tensor, without running anything in it.
 
@@ -40,6 +51,7 @@ def load_config(
         path: A file that torch or pickle wrote; the format is found by content.
         top_level_key: Dotted path of the config, through dicts, lists and attributes.
         into: The type to make.
+        limits: What reading may cost; None for the defaults.
 
     Raises:
         NotFoundError: The top-level key does not exist; the message lists those that do.
@@ -54,7 +66,7 @@ def load_config(
         >>> reweft.load_config("weights_with_config.pt", top_level_key="my_config")  # doctest: +SKIP
         {'n_head': 2, 'd_model': 512, 'some_list_str': ['hello', 'world']}
     """
-    config = _core.load_config(path, top_level_key=top_level_key)
+    config = _core.load_config(path, top_level_key=top_level_key, limits=given(limits))
     if into is None:
         return config
     return fit(config, into, path, top_level_key)

@@ -1,5 +1,6 @@
 //! Checkpoints, tensors and key maps for Python.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -95,31 +96,34 @@ type TensorRow = (String, String, Vec<u64>, Vec<u64>, usize, u64);
 impl Checkpoint {
     /// Opens a file.
     #[staticmethod]
-    #[pyo3(signature = (path, *, top_level_key, keys, mmap))]
+    #[pyo3(signature = (path, *, top_level_key, keys, mmap, limits))]
     fn open(
         py: Python<'_>,
         path: PathBuf,
         top_level_key: Option<String>,
         keys: Option<&KeyMap>,
         mmap: bool,
+        limits: HashMap<String, u64>,
     ) -> Result<Self> {
         let access = if mmap { Access::Map } else { Access::Read };
-        let options = options(access, top_level_key, keys);
+        let options = OpenOptions { limits: crate::limits::limits(limits)?, ..options(access, top_level_key, keys) };
         py.detach(|| rekeyed(reweft::Checkpoint::open(&path, &options)?, keys))
     }
 
     /// Reads a whole file that is in memory; the bytes are borrowed, not copied.
     #[staticmethod]
-    #[pyo3(signature = (data, *, name, top_level_key, keys))]
+    #[pyo3(signature = (data, *, name, top_level_key, keys, limits))]
     fn from_bytes(
         py: Python<'_>,
         data: Bound<'_, PyBytes>,
         name: PathBuf,
         top_level_key: Option<String>,
         keys: Option<&KeyMap>,
+        limits: HashMap<String, u64>,
     ) -> PyResult<Self> {
         let source: Source = Arc::new(Borrowed::new(&data)?);
-        let options = options(Access::Read, top_level_key, keys);
+        let limits = crate::limits::limits(limits)?;
+        let options = OpenOptions { limits, ..options(Access::Read, top_level_key, keys) };
         let opened = py.detach(|| rekeyed(reweft::Checkpoint::from_source(&name, source, &options)?, keys));
         Ok(opened?)
     }

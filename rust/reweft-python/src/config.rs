@@ -1,5 +1,6 @@
 //! Configs as Python objects, made one after the other: depth costs nothing, and what is shared stays one object.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use pyo3::exceptions::{PyMemoryError, PyTypeError};
@@ -12,9 +13,15 @@ use crate::error::Error as PyError;
 
 /// Reads a config; gives plain Python data.
 #[pyfunction]
-#[pyo3(signature = (path, *, top_level_key))]
-pub fn load_config(py: Python<'_>, path: PathBuf, top_level_key: Option<String>) -> PyResult<Py<PyAny>> {
-    let options = OpenOptions { top_level_key, ..OpenOptions::default() };
+#[pyo3(signature = (path, *, top_level_key, limits))]
+pub fn load_config(
+    py: Python<'_>,
+    path: PathBuf,
+    top_level_key: Option<String>,
+    limits: HashMap<String, u64>,
+) -> PyResult<Py<PyAny>> {
+    let limits = crate::limits::limits(limits)?;
+    let options = OpenOptions { top_level_key, limits, ..OpenOptions::default() };
     let config = py.detach(|| Config::open(&path, &options)).map_err(PyError::from)?;
     let builder = Builder { py, config: &config, made: vec![None; config.values().len()], nbytes: 0 };
     Ok(builder.build(&path, &options.limits)?.unbind())

@@ -9,6 +9,7 @@ mod config;
 mod diff;
 mod error;
 mod handles;
+mod limits;
 mod model;
 mod weights;
 

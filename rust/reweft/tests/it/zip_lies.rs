@@ -48,6 +48,7 @@ fn class_30_bytes_around_the_archive_and_ends_that_are_none() {
         ("another disk", "split over several files", |zip| zip.put(zip.end + 4, &[1])),
         ("directory on another disk", "split over several files", |zip| zip.put(zip.end + 6, &[1])),
         ("entries on another disk", "split over several files", |zip| zip.put(zip.end + 8, &[2])),
+        ("record on another disk", "on another disk", |zip| zip.put(zip.central[1] + 34, &[1])),
         ("end record in the comment", "two end records", |zip| {
             let end = zip.bytes[zip.end..].to_vec();
             zip.bytes.extend(end);
@@ -119,6 +120,7 @@ fn class_32_local_headers_that_differ() {
         ("name", "differ in name", |zip| zip.put(zip.local[1] + 30, b"b")),
         ("length of the name", "differ in name", |zip| zip.bytes[zip.local[1] + 26] -= 1),
         ("length of the extra field", "runs into what follows it", |zip| zip.put(zip.local[1] + 28, &[2])),
+        ("mark of a folder", "marked as a folder", |zip| zip.put(zip.central[1] + 38, &[0x10])),
         ("offset", "overlaps what follows it", |zip| zip.bytes[zip.central[1] + 42] -= 1),
     ]);
 }

@@ -23,6 +23,8 @@ const ENTRY_NBYTES: usize = 46;
 const COMMENT_MAX_NBYTES: u64 = 65_535;
 /// Extra field with 64-bit sizes and offset (APPNOTE 4.5.3).
 const EXTRA_ZIP64: u16 = 1;
+/// Bit of the external attributes that MS-DOS gave to folders.
+const DOS_FOLDER: u32 = 1 << 4;
 /// Most bytes that one byte of a deflated record can stand for: 258 for every two bits.
 const DEFLATE_RATIO: u64 = 1032;
 
@@ -197,6 +199,13 @@ fn read_entry(bytes: &[u8], directory_offset: u64) -> Result<(String, Entry, usi
     let flags = field.u16(8);
     if flags & FLAGS_REFUSED != 0 {
         return Err(Error::new(ErrorKind::Unsupported, "record is encrypted").in_record(name));
+    }
+    if field.u16(34) != 0 {
+        return Err(Error::new(ErrorKind::Unsupported, "record is on another disk").in_record(name));
+    }
+    if field.u32(38) & DOS_FOLDER != 0 && !name.ends_with('/') {
+        // torch reads nothing here and gives whatever its memory held.
+        return Err(Error::format("record is marked as a folder").in_record(name));
     }
     // Taken in this order, which is the order of the 64-bit values (APPNOTE 4.5.3).
     let mut wide = Zip64::find(extra)?;

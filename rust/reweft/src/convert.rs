@@ -13,7 +13,7 @@ use crate::tensor::{contiguous, same_layout};
 /// `target` that no element covers are left alone. Costs one pass; runs of neighbours are copied as one piece.
 ///
 /// # Errors
-/// [`ErrorKind::Format`] if a slice is shorter than its layout.
+/// [`ErrorKind::Format`](crate::ErrorKind::Format) if a slice is shorter than its layout.
 pub fn relayout(
     itemsize: usize,
     shape: &[u64],

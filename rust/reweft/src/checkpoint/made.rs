@@ -141,9 +141,11 @@ impl Signs {
     /// [`ErrorKind::Format`]: torch does not write such a tensor.
     pub fn check(self, dtype: Dtype) -> Result<()> {
         let integer = matches!(dtype, Dtype::U8 | Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64);
+        // Of the float8 kinds some have no sign, and some use its bit alone for NaN.
+        let float = dtype.is_float() && dtype.bits() > 8;
         let bit = match dtype {
             _ if self.conjugate && !dtype.is_complex() => "conjugate",
-            _ if self.negate && !(dtype.is_complex() || dtype.is_float() || integer) => "negative",
+            _ if self.negate && !(dtype.is_complex() || float || integer) => "negative",
             _ => return Ok(()),
         };
         Err(Error::format(format!("{bit} view of {dtype}")))
@@ -200,4 +202,21 @@ fn concat(storages: &Storages, parts: &[TensorInfo], dim: usize, out: &mut [u8])
         before += size(part);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn float8_has_no_negative_view() {
+        let negative = Signs { conjugate: false, negate: true };
+        for dtype in [Dtype::F8E8M0, Dtype::F8E4M3Fnuz, Dtype::F8E5M2Fnuz, Dtype::F8E4M3, Dtype::F8E5M2] {
+            let error = negative.check(dtype).unwrap_err();
+            assert!(error.to_string().contains(dtype.name()), "{error}");
+        }
+        for dtype in [Dtype::BF16, Dtype::F64, Dtype::C64, Dtype::I8] {
+            negative.check(dtype).unwrap();
+        }
+    }
 }

@@ -47,14 +47,18 @@ def script(text: str, *arguments: object) -> str:
 
 @cache
 def peers() -> str | None:
-    """Build the program with the crates that reweft is compared with; None if they cannot be fetched."""
+    """Build the program with the crates that reweft is compared with; None, and why on stderr, if that fails."""
     target = ROOT / "target" / "peers"
     manifest = Path(__file__).with_name("peers") / "Cargo.toml"
     build = ["cargo", "build", "--quiet", "--release", "--locked"]
     build += ["--manifest-path", str(manifest), "--target-dir", str(target)]
     try:
         subprocess.run(build, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
+    except OSError as error:
+        sys.stderr.write(f"cargo: {error}\n")
+        return None
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(error.stderr)
         return None
     return str(target / "release" / "reweft-bench-peers")
 

@@ -297,7 +297,7 @@ def convert(
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
     dtype: str | None = None,
-    format: Literal["safetensors", "pt"] | None = None,  # noqa: A002  (what it is called everywhere)
+    format: Literal["safetensors", "pt", "npz"] | None = None,  # noqa: A002  (what it is called everywhere)
     shared: Literal["error", "duplicate", "drop-aliases"] = "error",
     max_shard_size: int | str | None = None,
     sync: bool = True,
@@ -314,8 +314,8 @@ def convert(
         keys: Which keys, under which names.
         dtype: Convert float tensors to this dtype, rounding to nearest even as torch does; the others stay, and a
             notice names them.
-        format: The format to write; None goes by the extension of `out`: `.safetensors`, or `.pt`, `.pth` and `.bin`
-            for what `torch.load` reads with `weights_only=True`, shared storages and strides kept.
+        format: The format to write; None goes by the extension of `out`: `.safetensors`; `.pt`, `.pth` and `.bin` for
+            what `torch.load` reads with `weights_only=True`, shared storages and strides kept; `.npz` for `numpy.load`.
         shared: What to do with tensors that share bytes, where the format cannot say so: refuse, write the bytes for
             each key, or write only the first key.
         max_shard_size: Most bytes of tensors in one file, as a number or as "5GB" or "5GiB". If they do not fit one,

@@ -296,6 +296,8 @@ pub enum Format {
     Safetensors,
     /// What torch.save writes (.pt, .pth, .bin); shared storages and strides are kept.
     Pt,
+    /// What numpy.savez writes (.npz).
+    Npz,
 }
 
 impl From<Format> for TargetFormat {
@@ -303,6 +305,7 @@ impl From<Format> for TargetFormat {
         match format {
             Format::Safetensors => Self::Safetensors,
             Format::Pt => Self::Torch,
+            Format::Npz => Self::Numpy,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod atomic;
 mod convert;
 mod copy;
+mod numpy;
 mod options;
 mod refit;
 mod safetensors;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde::Serialize;
 
-use super::{ConvertOptions, Progress, TargetFormat, refuse_same_file, safetensors, shards, sharing, torch};
+use super::{ConvertOptions, Progress, TargetFormat, numpy, refuse_same_file, safetensors, shards, sharing, torch};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -68,7 +68,9 @@ pub fn convert(
     let mut tensors: Vec<_> = checkpoint.tensors().collect();
     let dropped_aliases = match format {
         TargetFormat::Torch => IndexMap::new(),
-        TargetFormat::Safetensors => sharing::settle(checkpoint, &tensors, options.shared, format)?,
+        TargetFormat::Safetensors | TargetFormat::Numpy => {
+            sharing::settle(checkpoint, &tensors, options.shared, format)?
+        }
     };
     tensors.retain(|(key, _)| !dropped_aliases.contains_key(*key));
     let (mut files, mut more_notices) = (vec![out.to_owned()], Vec::new());
@@ -77,6 +79,7 @@ pub fn convert(
         (TargetFormat::Safetensors, Some(most)) => {
             files = shards::write(checkpoint, &tensors, out, most, options, progress)?;
         }
+        (TargetFormat::Numpy, _) => numpy::write(checkpoint, &tensors, out, options, progress)?,
         (TargetFormat::Torch, _) => more_notices = torch::write(checkpoint, &tensors, out, options, progress)?,
     }
     Ok(ConvertReport {

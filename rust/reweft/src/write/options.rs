@@ -91,17 +91,20 @@ pub enum TargetFormat {
     /// The zip archive that `torch.save` writes: a dict from keys to tensors that `torch.load` reads with
     /// `weights_only=True`. Shared storages and strides are kept.
     Torch,
+    /// The zip archive that `numpy.savez` writes: an array for each key, for `numpy.load`.
+    Numpy,
 }
 
 impl TargetFormat {
     /// Every format, in the order in which messages list them.
-    pub const ALL: &'static [Self] = &[Self::Safetensors, Self::Torch];
+    pub const ALL: &'static [Self] = &[Self::Safetensors, Self::Torch, Self::Numpy];
 
     /// The name by which a user chooses it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Safetensors => "safetensors",
             Self::Torch => "pt",
+            Self::Numpy => "npz",
         }
     }
 
@@ -110,6 +113,7 @@ impl TargetFormat {
         match self {
             Self::Safetensors => &["safetensors"],
             Self::Torch => &["pt", "pth", "bin"],
+            Self::Numpy => &["npz"],
         }
     }
 
@@ -156,6 +160,7 @@ mod tests {
         for name in ["a.pt", "a.pth", "a.bin"] {
             assert_eq!(options.format_of(Path::new(name)).unwrap(), TargetFormat::Torch, "{name}");
         }
+        assert_eq!(options.format_of(Path::new("a.npz")).unwrap(), TargetFormat::Numpy);
         for name in ["a", "safetensors", ".safetensors", "a.safetensors.tmp", "a."] {
             let error = options.format_of(Path::new(name)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{name}");

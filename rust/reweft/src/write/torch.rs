@@ -40,7 +40,7 @@ pub(super) fn write(
     let pieces = storages.values().zip(&records.storages).map(|(held, record)| Piece {
         key: held.key,
         info: &held.bytes,
-        at: record.data_offset(),
+        at: record.payload_offset(),
         record: Some(record),
     });
     let pieces: Vec<_> = pieces.collect();

@@ -28,6 +28,8 @@ const END64_VERSIONS: [u8; 4] = [0x1e, 0x03, 45, 0];
 #[derive(Clone, Debug)]
 pub(crate) struct NewRecord {
     name: String,
+    /// Its first bytes, which are known beforehand.
+    lead: Vec<u8>,
     nbytes: u64,
     header_offset: u64,
     data_offset: u64,
@@ -39,10 +41,19 @@ impl NewRecord {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for a name that no header can hold, [`ErrorKind::Limit`] for an archive of 2^64 bytes.
     pub fn new(name: String, nbytes: u64, offset: u64) -> Result<Self> {
+        Self::with_lead(name, Vec::new(), nbytes, offset)
+    }
+
+    /// The same for a record of `lead` and then `nbytes` bytes.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn with_lead(name: String, lead: Vec<u8>, nbytes: u64, offset: u64) -> Result<Self> {
         if u16::try_from(name.len()).is_err() {
             return Err(Error::new(ErrorKind::Unsupported, "record name is longer than 65535 bytes").in_record(name));
         }
-        let mut record = Self { name, nbytes, header_offset: offset, data_offset: 0 };
+        let nbytes = nbytes.saturating_add(lead.len() as u64);
+        let mut record = Self { name, lead, nbytes, header_offset: offset, data_offset: 0 };
         let start =
             offset.checked_add(record.unpadded_nbytes()).and_then(|start| start.checked_next_multiple_of(ALIGNMENT));
         let end = start.and_then(|start| start.checked_add(nbytes)?.checked_add(24));
@@ -63,9 +74,9 @@ impl NewRecord {
         self.header_offset
     }
 
-    /// Where the record's bytes start.
-    pub fn data_offset(&self) -> u64 {
-        self.data_offset
+    /// Where the bytes behind the lead start.
+    pub fn payload_offset(&self) -> u64 {
+        self.data_offset + self.lead.len() as u64
     }
 
     /// Where the next record may start: behind the data descriptor.
@@ -73,7 +84,7 @@ impl NewRecord {
         self.data_offset + self.nbytes + self.descriptor(0).len() as u64
     }
 
-    /// Everything from the header's offset to the data's.
+    /// Everything from the header's offset to the payload's.
     pub fn header(&self) -> Vec<u8> {
         let mut out = LOCAL_SIGNATURE.to_le_bytes().to_vec();
         let zip64 = self.zip64();
@@ -90,6 +101,7 @@ impl NewRecord {
         out.extend(EXTRA_PADDING);
         out.extend(length(padding));
         out.extend((0..padding).map(|_| b'Z'));
+        out.extend(&self.lead);
         out
     }
 
@@ -98,13 +110,22 @@ impl NewRecord {
         LOCAL_HEADER_NBYTES + (self.name.len() + self.zip64().len()) as u64 + PADDING_HEADER_NBYTES
     }
 
+    /// The CRC of the record, from that of the bytes behind its lead.
+    fn crc(&self, payload_crc: u32) -> u32 {
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&self.lead);
+        let payload_nbytes = self.nbytes - self.lead.len() as u64;
+        crc.combine(&crc32fast::Hasher::new_with_initial_len(payload_crc, payload_nbytes));
+        crc.finalize()
+    }
+
     /// What follows the data: nothing if there are no bytes, else CRC and sizes.
-    pub fn descriptor(&self, crc: u32) -> Vec<u8> {
+    pub fn descriptor(&self, payload_crc: u32) -> Vec<u8> {
         if self.nbytes == 0 {
             return Vec::new();
         }
         let mut out = DESCRIPTOR_SIGNATURE.to_le_bytes().to_vec();
-        out.extend(crc.to_le_bytes());
+        out.extend(self.crc(payload_crc).to_le_bytes());
         if self.zip64().is_empty() {
             out.extend([narrow(self.nbytes).to_le_bytes(); 2].as_flattened());
         } else {
@@ -114,12 +135,12 @@ impl NewRecord {
     }
 
     /// The record's line in the central directory.
-    fn directory_header(&self, crc: u32) -> Vec<u8> {
+    fn directory_header(&self, payload_crc: u32) -> Vec<u8> {
         let mut out = 0x0201_4b50_u32.to_le_bytes().to_vec();
         let zip64 = self.zip64();
         out.extend([0; 2]); // made by
         out.extend(self.version_to_date());
-        out.extend(crc.to_le_bytes());
+        out.extend(self.crc(payload_crc).to_le_bytes());
         out.extend([narrow(self.nbytes).to_le_bytes(); 2].as_flattened());
         out.extend(length(self.name.len() as u64));
         out.extend(length(zip64.len() as u64));
@@ -161,7 +182,7 @@ fn length(nbytes: u64) -> [u8; 2] {
     u16::try_from(nbytes).unwrap_or(u16::MAX).to_le_bytes()
 }
 
-/// Central directory and end records of an archive whose records end at `start`.
+/// Central directory and end records of an archive whose records, with the CRCs of their payloads, end at `start`.
 pub(crate) fn tail(records: &[(NewRecord, u32)], start: u64) -> Vec<u8> {
     let mut out: Vec<u8> = records.iter().flat_map(|(record, crc)| record.directory_header(*crc)).collect();
     out.extend(end_records(records.len() as u64, start, out.len() as u64));

@@ -6,7 +6,9 @@ import io
 import os
 import pickle
 import random
+import stat
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,6 @@ from support import assert_hints, assert_says, flip, record_at, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from support import Package
 
@@ -272,6 +273,27 @@ def test_path_that_cannot_be_opened(path: str, tmp_path: Path) -> None:
         with pytest.raises(reweft.ReweftError) as error:
             call(tmp_path / path)
         assert_says(error, tmp_path / path)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/full"])
+def test_device_is_refused_and_not_read(device: str, tmp_path: Path) -> None:
+    index, shard = tmp_path / "x.index.json", tmp_path / "one.safetensors"
+    index.write_text('{"weight_map": {"w": "one.safetensors"}}')
+    shard.symlink_to(device)
+    for call in (reweft.open, lambda path: reweft.plan(path, path)):
+        for path in (device, shard):
+            with pytest.raises(reweft.ReweftError, match="not a regular file") as error:
+                call(path)
+            assert_says(error, path)
+    with pytest.raises(reweft.UnsupportedError, match="leaves the folder"):
+        reweft.open(index)
+    shard.unlink()
+    try:
+        os.mknod(shard, 0o600 | stat.S_IFCHR, Path(device).stat().st_rdev)
+    except PermissionError:  # only root makes devices
+        return
+    with pytest.raises(reweft.ReweftError, match="not a regular file"):
+        reweft.open(index)
 
 
 class TestPackages:

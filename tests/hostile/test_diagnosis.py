@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import zipfile
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as safetensors
 from torch import nn
 
 import reweft
-from support import assert_says, save
+from support import assert_says, save, saved_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,7 +151,22 @@ def npy() -> bytes:
     return buffer.getvalue()
 
 
+def inside(name: str) -> bytes:
+    """A checkpoint in an archive that somebody packed it into."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, saved_bytes({"a": torch.ones(3)}))
+    return buffer.getvalue()
+
+
 FILES = {
+    "checkpoint_in_a_zip": (inside("model.pt"), "do not lie in a folder"),
+    "checkpoint_in_a_folder_of_a_zip": (inside("x/model.pt"), "torch did not write it"),
+    "checkpoint_in_gzip": (gzip.compress(saved_bytes({"a": torch.ones(3)})), "gzip"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "7z"),
+    "gguf": (b"GGUF\3\0\0\0", "GGUF"),
+    "page": (b"<!DOCTYPE html><title>404</title>", "HTML"),
+    "lfs_pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     "npz": (npz(), "npz"),
     "npy": (npy(), "npy"),
     "xz": (b"\xfd7zXZ\0\0\x04", "xz"),
@@ -173,6 +190,13 @@ def test_file_is_named_by_what_it_is(name: str, tmp_path: Path) -> None:
     with pytest.raises((reweft.UnsupportedError, reweft.FormatError)) as error:
         reweft.open(tmp_path / "x.pt")
     assert_says(error, tmp_path / "x.pt", what)
+
+
+def test_safetensors_by_another_name_is_read(tmp_path: Path) -> None:
+    """The content decides; the name says what somebody wished."""
+    (tmp_path / "x.pt").write_bytes(safetensors({"a": torch.ones(3)}))
+    checkpoint = reweft.open(tmp_path / "x.pt")
+    assert (checkpoint.format, checkpoint["a"].numpy().tolist()) == ("safetensors", [1, 1, 1])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -79,13 +79,14 @@ pub(super) fn visit<R>(source: &Source, options: &OpenOptions, then: impl FnOnce
         let found = version.describe(version.root());
         return Err(Error::new(ErrorKind::Unsupported, format!("legacy stream of version {found}, not {VERSION}")));
     }
-    let big_endian = is_big_endian(&stream.next()?)?;
+    // The system info: byte order and sizes of the machine that wrote it. Storages are little-endian on every machine.
+    stream.next()?;
     let object = stream.next()?;
     let keys = stream.next()?;
-    let places = find_storages(&**source, &object, &keys, stream.at as u64, big_endian)?;
+    let places = find_storages(&**source, &object, &keys, stream.at as u64)?;
     let places = Places::File(source.clone(), places);
     let (pickle, bytes, origin) = (&object, bytes.as_slice(), Some((source.clone(), 0)));
-    then(Saved { pickle, bytes, origin, places, big_endian, format: Format::TorchLegacy })
+    then(Saved { pickle, bytes, origin, places, big_endian: false, format: Format::TorchLegacy })
 }
 
 /// Reads a file that is one pickle, as `pickle.dump` writes it.
@@ -152,23 +153,12 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// `{"protocol_version": 1001, "little_endian": True, "type_sizes": {...}}`.
-fn is_big_endian(info: &Pickle<'_>) -> Result<bool> {
-    let pairs = info.dict(info.root()).unwrap_or_default();
-    let flag = pairs.iter().find(|(key, _)| info.as_str(*key) == Some("little_endian"));
-    match flag.and_then(|(_, value)| info.as_bool(*value)) {
-        Some(little) => Ok(!little),
-        None => Err(Error::format("the system info says nothing of the byte order")),
-    }
-}
-
 /// First byte and number of elements of every storage, by key.
 fn find_storages(
     source: &dyn ReadAt,
     object: &Pickle<'_>,
     keys: &Pickle<'_>,
     start: u64,
-    big_endian: bool,
 ) -> Result<HashMap<String, (u64, u64)>> {
     let globals = Globals::new(object);
     let mut dtypes: HashMap<&str, Option<Dtype>> = HashMap::new();
@@ -190,7 +180,7 @@ fn find_storages(
             .ok_or_else(|| Error::format(format!("storage {key:?} is in the file, but no tensor uses it")))?;
         let mut count = [0; 8];
         source.read_exact_at(at, &mut count)?;
-        let numel = if big_endian { u64::from_be_bytes(count) } else { u64::from_le_bytes(count) };
+        let numel = u64::from_le_bytes(count);
         let itemsize = dtype.and_then(Dtype::itemsize).unwrap_or(1);
         let first = at + COUNT_NBYTES;
         let nbytes = numel.checked_mul(itemsize).ok_or_else(|| Error::format("storage takes 2^64 bytes").at(at))?;

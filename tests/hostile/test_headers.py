@@ -129,17 +129,13 @@ def test_tensors_of_no_bytes_share_a_place(order: tuple[tuple[int, int], ...]) -
 def test_tensor_of_more_dimensions_than_torch_has(tmp_path: Path) -> None:
     content = blob("{" + row(shape=json.dumps([1] * 64)) + "}")
     assert bytes(reweft.open(content)["a"].read()) == b"x"
-    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    path = tmp_path / "x.safetensors"
     path.write_bytes(blob("{" + row(shape=json.dumps([1] * 65)) + "}"))
     with pytest.raises(reweft.FormatError) as error:
-        reweft.open(path)["a"].read()
+        reweft.open(path)
     assert_says(error, path, '"a"', "at most 64")
-    with pytest.raises(reweft.FormatError, match="at most 64"):
-        reweft.convert(path, out)
-    assert not out.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a list is taken for an object whose fields have the order of the code")
 @pytest.mark.parametrize("header", ['{"a":["U8",[1],[0,1]]}', '{"a":["U8",[1],[0,1]],"__metadata__":{}}'])
 def test_row_that_is_a_list(header: str) -> None:
     """The reference takes it as well; the specification and other readers know objects alone."""

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::flatten::flatten_all;
 use super::globals::unknown_globals;
-use super::json::{self, Unique};
+use super::json::{self, Object, Unique};
 use super::persistent::View;
 use super::rebuild::{Rebuild, Saved};
 use super::storage::Extent;
@@ -35,7 +35,7 @@ const OLD_PARTS: [&str; 2] = ["serialized_state_dict.pt", "serialized_constants.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Config {
-    config: Unique<Row>,
+    config: Unique<Object<Row>>,
 }
 
 /// What the configuration says of one name.
@@ -46,7 +46,7 @@ struct Row {
     #[serde(rename = "is_param")]
     _is_param: bool,
     use_pickle: bool,
-    tensor_meta: Option<Meta>,
+    tensor_meta: Option<Object<Meta>>,
 }
 
 #[derive(Deserialize)]
@@ -56,7 +56,7 @@ struct Meta {
     sizes: Vec<Size>,
     #[serde(rename = "requires_grad")]
     _requires_grad: bool,
-    device: Device,
+    device: Object<Device>,
     strides: Vec<Size>,
     storage_offset: Size,
     layout: u32,
@@ -211,7 +211,7 @@ impl Payloads<'_> {
             return Err(Error::new(ErrorKind::Limit, what));
         }
         let Config { config } = json::parse(&self.archive.read(config)?)?;
-        for (key, row) in config.0 {
+        for (key, Object(row)) in config.0 {
             self.read_row(&key, &row).map_err(|error| error.of_key(&key))?;
         }
         Ok(())
@@ -229,7 +229,8 @@ impl Payloads<'_> {
         if row.use_pickle {
             return self.read_pickled(key, &record);
         }
-        let meta = row.tensor_meta.as_ref().ok_or_else(|| Error::format("no tensor_meta for what is not pickled"))?;
+        let Object(meta) =
+            row.tensor_meta.as_ref().ok_or_else(|| Error::format("no tensor_meta for what is not pickled"))?;
         let item = self.tensor(&record, meta)?;
         self.keep(key, item)
     }
@@ -266,7 +267,7 @@ impl Payloads<'_> {
         if meta.layout != STRIDED {
             return Ok(Item::Unreadable(format!("its layout has the code {}, which is not read", meta.layout)));
         }
-        let view = self.storage(record, dtype, &meta.device)?;
+        let view = self.storage(record, dtype, &meta.device.0)?;
         let (sizes, strides) = (numbers(&meta.sizes, "size")?, numbers(&meta.strides, "stride")?);
         let offset = numbers(std::slice::from_ref(&meta.storage_offset), "storage offset")?;
         let (Some(sizes), Some(strides), Some(&[offset])) = (sizes, strides, offset.as_deref()) else {

@@ -44,14 +44,38 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for Pairs<V> {
     }
 }
 
-/// Reads a whole document.
+/// A struct that is written as an object; serde's would also take a list of its fields.
+pub(super) struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Fields(PhantomData)).map(Self)
+    }
+}
+
+struct Fields<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(de::value::MapAccessDeserializer::new(map))
+    }
+}
+
+/// Reads a whole document, which is an object.
 ///
 /// # Errors
 /// [`ErrorKind::Format`](crate::ErrorKind::Format) with line and column; also for bytes that are no UTF-8 in parts that
 /// nobody asks for, which serde would skip.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     let text = str::from_utf8(bytes).map_err(|error| Error::format(format!("JSON: {error}")))?;
-    serde_json::from_str(text).map_err(|error| Error::format(format!("JSON: {error}")))
+    let Object(document) = serde_json::from_str(text).map_err(|error| Error::format(format!("JSON: {error}")))?;
+    Ok(document)
 }
 
 #[cfg(test)]

@@ -11,12 +11,13 @@ use indexmap::IndexMap;
 use serde::Deserialize;
 use serde::de::{self, MapAccess, Visitor};
 
+use super::json::{Object, Unique};
 use super::storage::Extent;
 use super::{Contents, Format, Item, Items, OpenOptions, Read, Storage};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{ReadAt, Source, read_vec};
-use crate::tensor::{TensorInfo, contiguous, numel};
+use crate::tensor::{MAX_DIMS, TensorInfo, contiguous, numel};
 
 /// Bytes that state the length of the header.
 const LENGTH_NBYTES: u64 = 8;
@@ -65,6 +66,9 @@ fn check_row(row: &Row, storage: usize) -> Result<(TensorInfo, u64)> {
     let dtype = Dtype::from_safetensors(&row.dtype)
         .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("dtype {:?} is not known", row.dtype)))?;
     let (start, end) = row.data_offsets;
+    if row.shape.len() > MAX_DIMS {
+        return Err(Error::format(format!("shape of {} dimensions; at most {MAX_DIMS}", row.shape.len())));
+    }
     let wanted = numel(&row.shape).and_then(|numel| dtype.nbytes(numel));
     if wanted.is_none() || end.checked_sub(start) != wanted {
         let wanted = wanted.map_or("an overflow or part of a byte".to_owned(), |nbytes| format!("{nbytes} bytes"));
@@ -140,39 +144,13 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 let Unique(metadata) = map.next_value()?;
                 header.metadata.replace(metadata).is_some()
             } else {
-                header.tensors.insert(key.clone(), map.next_value()?).is_some()
+                let Object(row) = map.next_value()?;
+                header.tensors.insert(key.clone(), row).is_some()
             };
             if twice {
                 return Err(de::Error::custom(format!("key {key:?} is there twice")));
             }
         }
         Ok(header)
-    }
-}
-
-/// A map of strings that refuses duplicate keys.
-struct Unique(IndexMap<String, String>);
-
-impl<'de> Deserialize<'de> for Unique {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Strings;
-        impl<'de> Visitor<'de> for Strings {
-            type Value = IndexMap<String, String>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object of strings")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut strings = IndexMap::new();
-                while let Some((key, value)) = map.next_entry::<String, String>()? {
-                    if strings.insert(key.clone(), value).is_some() {
-                        return Err(de::Error::custom(format!("metadata key {key:?} is there twice")));
-                    }
-                }
-                Ok(strings)
-            }
-        }
-        deserializer.deserialize_map(Strings).map(Self)
     }
 }

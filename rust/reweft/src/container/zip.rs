@@ -164,7 +164,8 @@ impl Archive {
     pub fn root(&self) -> Result<&str> {
         let root = self.entries.keys().next().and_then(|name| name.split_once('/')).map(|(root, _)| root);
         let Some(root) = root else {
-            return Err(Error::format("records do not lie in a folder, as torch writes them"));
+            let error = Error::format("records do not lie in a folder, as torch writes them");
+            return Err(error.with_hint("if this is an archive of files with a checkpoint among them, unpack it first"));
         };
         match self.entries.keys().find(|name| name.strip_prefix(root).is_none_or(|rest| !rest.starts_with('/'))) {
             None => Ok(root),

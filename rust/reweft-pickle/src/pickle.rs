@@ -39,6 +39,7 @@ const DEFAULTDICT: (&str, &str) = ("collections", "defaultdict");
 pub struct Pickle<'a> {
     pub(crate) nodes: Vec<Value<'a>>,
     pub(crate) globals: Vec<NodeId>,
+    pub(crate) filled: Vec<NodeId>,
     pub(crate) pool: Vec<NodeId>,
     pub(crate) root: NodeId,
     pub(crate) protocol: u8,
@@ -81,6 +82,11 @@ impl<'a> Pickle<'a> {
     /// The values that are classes or functions, in the order of creation: one for each opcode that names one.
     pub fn global_nodes(&self) -> &[NodeId] {
         &self.globals
+    }
+
+    /// The calls to whose results something was done afterwards: items or a state, in the order in which it began.
+    pub fn filled_nodes(&self) -> &[NodeId] {
+        &self.filled
     }
 
     #[cfg(test)]

@@ -167,6 +167,11 @@ impl Object {
         self.filled.get_or_insert_default()
     }
 
+    /// Whether anything was done to the call's result.
+    pub(crate) fn is_filled(&self) -> bool {
+        self.filled.is_some()
+    }
+
     /// The states that BUILD would have set, in order; nearly always none or one.
     pub fn state(&self) -> &[NodeId] {
         self.filled.as_ref().map_or(&[], |filled| &filled.state)

@@ -27,6 +27,8 @@ struct Machine<'a, 'l> {
     nodes: Vec<Value<'a>>,
     /// The nodes that are globals: readers ask for them first, and a checkpoint has a handful among many nodes.
     globals: Vec<NodeId>,
+    /// Calls whose results are filled or given a state, once each.
+    filled: Vec<NodeId>,
     pool: Vec<NodeId>,
     stack: Vec<NodeId>,
     /// Stack heights at which a MARK stands.
@@ -52,9 +54,9 @@ pub(crate) fn run<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Pickle<'a>> {
         match done {
             Ok(None) => {}
             Ok(Some(root)) => {
-                let Machine { nodes, globals, pool, .. } = machine;
+                let Machine { nodes, globals, filled, pool, .. } = machine;
                 let (protocol, nbytes) = (decoder.protocol(), decoder.byte_offset());
-                return Ok(Pickle { nodes, globals, pool, root, protocol, nbytes });
+                return Ok(Pickle { nodes, globals, filled, pool, root, protocol, nbytes });
             }
             Err(error) => {
                 return Err(error.at(instruction.byte_offset, Some(instruction.entry.name)));
@@ -74,6 +76,7 @@ impl<'a, 'l> Machine<'a, 'l> {
             limits,
             nodes,
             globals: Vec::new(),
+            filled: Vec::new(),
             pool: Vec::with_capacity(expected),
             stack: Vec::new(),
             marks: Vec::new(),
@@ -259,8 +262,13 @@ impl<'a, 'l> Machine<'a, 'l> {
     fn container(&mut self, start: usize) -> Result<(&mut Value<'a>, &[NodeId])> {
         let (below, items) = self.stack.split_at_checked(start).unwrap_or_default();
         let container = below.get(self.fence..).and_then(<[NodeId]>::last);
-        match container.and_then(|id| self.nodes.get_mut(id.index())) {
-            Some(value) => Ok((value, items)),
+        match container.and_then(|id| Some((id, self.nodes.get_mut(id.index())?))) {
+            Some((id, value)) => {
+                if matches!(value, Value::Object(object) if !object.is_filled()) {
+                    self.filled.push(*id);
+                }
+                Ok((value, items))
+            }
             None => Err(Error::new(ErrorKind::StackUnderflow, "no container is below the values")),
         }
     }

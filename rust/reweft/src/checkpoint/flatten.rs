@@ -74,6 +74,7 @@ pub(super) fn flatten_all(
     options: &OpenOptions,
     roots: &[(String, NodeId)],
 ) -> Result<Flat> {
+    rebuild.check_unchanged()?;
     let expected = rebuild.saved.places.expected_storages();
     let items = Items::with_capacity_and_hasher(expected, foldhash::quality::RandomState::default());
     let mut walk = Walk {
@@ -253,10 +254,53 @@ fn children<'p>(pickle: &'p Pickle<'_>, id: NodeId) -> Result<Option<Children<'p
         named.push((key_name(pickle, *key, *value)?, *value));
     }
     let mut seen = HashSet::with_capacity_and_hasher(named.len(), foldhash::quality::RandomState::default());
-    match named.iter().find(|(name, _)| !seen.insert(name)) {
-        None => Ok(Some(named)),
-        Some((name, _)) => Err(Error::new(ErrorKind::KeyCollision, format!("a dict has the key {name:?} twice"))),
+    let twice = |name: &str| Error::new(ErrorKind::KeyCollision, format!("a dict has the key {name:?} twice"));
+    if let Some((name, _)) = named.iter().find(|(name, _)| !seen.insert(&**name)) {
+        return Err(twice(name));
     }
+    // A dict of Python's has one place for 1, True and 1.0.
+    let numbers = pairs.iter().filter(|(key, _)| pickle.as_str(*key).is_none());
+    let mut values = HashSet::new();
+    for (key, _) in numbers {
+        if let Some(value) = literal(pickle, *key, Spelling::ByValue, 0)
+            && !values.insert(value)
+        {
+            return Err(twice(&literal(pickle, *key, Spelling::Python, 0).unwrap_or_default()));
+        }
+    }
+    Ok(Some(named))
+}
+
+/// How a key is written as text.
+#[derive(Clone, Copy)]
+enum Spelling {
+    /// As Python prints it.
+    Python,
+    /// So that keys are the same text if Python holds them to be one.
+    ByValue,
+}
+
+/// A float as Python prints it.
+fn float(value: f64) -> String {
+    if value.is_nan() {
+        return "nan".to_owned();
+    }
+    let text = format!("{value:?}");
+    // Python writes a sign and at least two digits behind the `e`.
+    match text.split_once('e') {
+        Some((digits, exponent)) => match exponent.strip_prefix('-') {
+            Some(exponent) => format!("{digits}e-{exponent:0>2}"),
+            None => format!("{digits}e+{exponent:0>2}"),
+        },
+        None => text,
+    }
+}
+
+/// The integer that a number is equal to, as text.
+fn integer(value: f64) -> Option<String> {
+    // Below 2^63 every float without a fraction is one integer.
+    let is_integer = value.fract() == 0.0 && value.abs() < 9.2e18;
+    is_integer.then(|| format!("{value:.0}").replace("-0", "0"))
 }
 
 /// The text of a dict's key. What is neither text nor number can name a plain value, but no tensor.
@@ -264,7 +308,7 @@ fn key_name<'p>(pickle: &'p Pickle<'_>, key: NodeId, value: NodeId) -> Result<Co
     if let Some(name) = pickle.as_str(key) {
         return Ok(name.into());
     }
-    if let Some(name) = literal(pickle, key, 0) {
+    if let Some(name) = literal(pickle, key, Spelling::Python, 0) {
         return Ok(name.into());
     }
     let what = pickle.describe(key);
@@ -276,21 +320,23 @@ fn key_name<'p>(pickle: &'p Pickle<'_>, key: NodeId, value: NodeId) -> Result<Co
 }
 
 /// The keys that dicts have beside texts, as Python prints them: `True`, `None`, `0.5`, `('a', 0)`.
-fn literal(pickle: &Pickle<'_>, key: NodeId, depth: usize) -> Option<String> {
+fn literal(pickle: &Pickle<'_>, key: NodeId, spelling: Spelling, depth: usize) -> Option<String> {
     /// Tuples within tuples; deeper ones are not named.
     const MAX_DEPTH: usize = 4;
     /// Items of a tuple.
     const MAX_ITEMS: usize = 16;
-    match pickle.get(key) {
-        Node::None => Some("None".to_owned()),
-        Node::Bool(value) => Some(if *value { "True" } else { "False" }.to_owned()),
-        Node::Float(value) => Some(format!("{value:?}")),
-        Node::BigInt(value) if value.to_i128().is_some() => Some(value.to_string()),
-        Node::Int(value) => Some(value.to_string()),
-        Node::Tuple(items) if depth < MAX_DEPTH && items.len() <= MAX_ITEMS => {
+    match (pickle.get(key), spelling) {
+        (Node::None, _) => Some("None".to_owned()),
+        (Node::Bool(value), Spelling::Python) => Some(if *value { "True" } else { "False" }.to_owned()),
+        (Node::Bool(value), Spelling::ByValue) => Some(u8::from(*value).to_string()),
+        (Node::Float(value), Spelling::ByValue) if integer(*value).is_some() => integer(*value),
+        (Node::Float(value), _) => Some(float(*value)),
+        (Node::BigInt(value), _) if value.to_i128().is_some() => Some(value.to_string()),
+        (Node::Int(value), _) => Some(value.to_string()),
+        (Node::Tuple(items), _) if depth < MAX_DEPTH && items.len() <= MAX_ITEMS => {
             let named = |item: &NodeId| match pickle.as_str(*item) {
                 Some(text) => Some(format!("'{text}'")),
-                None => literal(pickle, *item, depth + 1),
+                None => literal(pickle, *item, spelling, depth + 1),
             };
             let items = pickle.children(*items).iter().map(named).collect::<Option<Vec<_>>>()?;
             let comma = if items.len() == 1 { "," } else { "" };

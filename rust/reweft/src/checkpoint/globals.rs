@@ -7,6 +7,7 @@ use reweft_pickle::{NodeId, Object, Pickle, Value};
 
 use super::{numpy, torchscript};
 use crate::dtype::Dtype;
+use crate::error::{Error, ErrorKind, Result};
 
 /// What a function that a checkpoint names makes of its arguments.
 #[derive(Clone, Copy)]
@@ -151,6 +152,21 @@ impl Globals {
     pub fn call<'p>(&self, pickle: &'p Pickle<'_>, id: NodeId) -> Option<(Function, &'p Object)> {
         let object = pickle.as_object(id)?;
         Some((*self.functions.get(&object.callable)?, object))
+    }
+
+    /// Refuses a pickle that does something to a tensor after it was made. torch would put items into it, and so into
+    /// the storage that others share, or give it another window.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`]: torch writes no such pickle.
+    pub fn check_unchanged(&self, pickle: &Pickle<'_>) -> Result<()> {
+        let call = |id: &NodeId| Some((*id, self.call(pickle, *id)?.0));
+        // An array is made empty, and its state fills it.
+        let is_array = |made: &Function| matches!(made, Function::Array | Function::Other(_));
+        let changed = pickle.filled_nodes().iter().filter_map(call).find(|(_, made)| !is_array(made));
+        let Some((id, _)) = changed else { return Ok(()) };
+        let what = format!("{} is changed after it was made, which torch does not write", pickle.describe(id));
+        Err(Error::new(ErrorKind::Unsupported, what))
     }
 
     /// An object of a tensor class.

@@ -150,6 +150,11 @@ impl<'p> Rebuild<'p> {
         }
     }
 
+    /// As [`Globals::check_unchanged`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.globals.check_unchanged(self.pickle)
+    }
+
     /// The tensor or the parts that a value is, if it is a call of the table. `Unreadable` where only this tensor is
     /// out of reach.
     ///

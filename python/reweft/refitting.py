@@ -23,6 +23,7 @@ __all__ = [
     "RefitReport",
     "VerifyReport",
     "convert",
+    "extract",
     "plan",
     "refit",
     "verify",
@@ -166,19 +167,24 @@ def plan(
     *,
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
+    original: str | os.PathLike[str] | Checkpoint | None = None,
     allow_cast: bool = False,
     allow_missing: bool = False,
     allow_unused: bool = False,
 ) -> Plan:
     """Match the slots of `artifact` with the keys of `checkpoint` and say everything that speaks against it.
 
-    Reads metadata, and the bytes of tied keys that the checkpoint stores more than once.
+    Reads metadata, and the bytes of tied keys that the checkpoint stores more than once; with `original`, all weights
+    of both.
 
     Args:
-        artifact: A compiled `.pt2` package.
+        artifact: A compiled `.pt2` package, an exported program, a TorchScript archive, a library beside its
+            `.wrapper.cpp`, or a checkpoint.
         checkpoint: A file, or a checkpoint that `reweft.open` gave.
         top_level_key: Dotted path of the dict that holds the weights.
         keys: Rules from keys to slot names; None means identical names.
+        original: The weights that `artifact` was compiled with. A slot that holds something else under one of their
+            names, because the compiler made it of several weights, blocks the plan.
         allow_cast: Convert between float dtypes, rounding to nearest even.
         allow_missing: Leave slots as they are for which there is no key.
         allow_unused: Leave out keys for which there is no slot.
@@ -189,9 +195,11 @@ def plan(
         IoError: A file cannot be read.
     """
     opened = _opened(checkpoint, top_level_key, keys)
+    before = None if original is None else _opened(original, None, keys)
     core = _core.plan(
         artifact,
         opened._core,  # noqa: SLF001  (one package)
+        original=None if before is None else before._core,  # noqa: SLF001
         cast=allow_cast,
         missing=allow_missing,
         unused=allow_unused,
@@ -203,24 +211,30 @@ def refit(
     artifact: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    in_place: bool = False,
     top_level_key: str | None = None,
     keys: KeyMap | None = None,
+    original: str | os.PathLike[str] | Checkpoint | None = None,
     allow_cast: bool = False,
     allow_missing: bool = False,
     allow_unused: bool = False,
 ) -> RefitReport:
-    """Write a copy of `artifact` whose slots hold the tensors of `checkpoint`.
+    """Put the tensors of `checkpoint` into the slots of a copy of `artifact`, or of `artifact` itself.
 
-    Reads and writes the whole package once; one slot is in memory at a time. `out` appears whole or not at all, and
-    may be `artifact` itself, which is then replaced by a rename.
+    A copy is written once and appears whole or not at all; it may be `artifact` itself, which is then replaced by a
+    rename. In place only what differs is written, after a journal beside the file: a rewrite that is cut short is
+    finished when reweft opens the file the next time. Buffers are of some MiB, but for tensors that must be rearranged.
 
     Args:
-        artifact: A compiled `.pt2` package.
+        artifact: A compiled `.pt2` package, an exported program, a TorchScript archive, a library beside its
+            `.wrapper.cpp`, or a checkpoint.
         checkpoint: A file, or a checkpoint that `reweft.open` gave.
         out: The file to write.
+        in_place: Write into `artifact` and no copy; refused while a process has it mapped.
         top_level_key: Dotted path of the dict that holds the weights.
         keys: Rules from keys to slot names; None means identical names.
+        original: As for `plan`.
         allow_cast: Convert between float dtypes, rounding to nearest even.
         allow_missing: Leave slots as they are for which there is no key.
         allow_unused: Leave out keys for which there is no slot.
@@ -228,15 +242,20 @@ def refit(
     Raises:
         MismatchError: A slot and its tensor differ in shape or dtype, a slot or key is left over, tied keys differ, or
             a weight was compiled into the code. Nothing has been written.
+        UsageError: A process has the file mapped or rewrites it, or the checkpoint lies in it.
         FormatError: A file is damaged; `out` is as it was.
         UnsupportedError: A file is of a kind that reweft does not handle.
         IoError: Reading or writing failed; `out` is as it was.
+        TypeError: Both of `out` and `in_place` were given, or neither.
     """
+    if (out is None) != in_place:
+        raise TypeError("refit takes out= for a copy, or in_place=True")
     planned = plan(
         artifact,
         checkpoint,
         top_level_key=top_level_key,
         keys=keys,
+        original=original,
         allow_cast=allow_cast,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
@@ -351,4 +370,44 @@ def convert(
         dropped_aliases=data["dropped_aliases"],
         not_carried=tuple(data["not_carried"]),
         notices=tuple(data["notices"]),
+    )
+
+
+def extract(
+    artifact: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keys: KeyMap | None = None,
+    dtype: str | None = None,
+    format: Literal["safetensors", "pt", "npz"] | None = None,  # noqa: A002  (what it is called everywhere)
+    shared: Literal["error", "duplicate", "drop-aliases"] = "error",
+    max_shard_size: int | str | None = None,
+    sync: bool = True,
+) -> ConvertReport:
+    """Read the weights back out of an artifact, under the names of its slots. Runs nothing of it.
+
+    Tied weights stay tied in a `.pt`; for the other formats `shared` says what to do. Slots without bytes in the file
+    are not there. Reads all weight bytes and compares their CRCs.
+
+    Args:
+        artifact: A compiled `.pt2` package, an exported program, a TorchScript archive, or a library beside its
+            `.wrapper.cpp`.
+        out: The file to write.
+        keys: Which names, and under which other ones.
+        dtype: As for `convert`.
+        format: As for `convert`.
+        shared: As for `convert`.
+        max_shard_size: As for `convert`.
+        sync: As for `convert`.
+
+    Raises:
+        MismatchError: Tensors share bytes and `shared` does not settle it.
+        UnsupportedError: The file is no artifact, or the format has no such dtype or key.
+        UsageError: As for `convert`.
+        FormatError: The file is damaged.
+        IoError: Reading or writing failed; `out` is as it was.
+    """
+    weights = Checkpoint(_core.Checkpoint.of_artifact(artifact))
+    return convert(
+        weights, out, keys=keys, dtype=dtype, format=format, shared=shared, max_shard_size=max_shard_size, sync=sync
     )

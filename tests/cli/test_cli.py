@@ -139,7 +139,8 @@ class TestInspect:
 
     def test_package_of_torch_says_what_it_lacks(self, cli: Cli, stock_embedded: Package) -> None:
         done = cli("inspect", stock_embedded.path)
-        assert "cannot be refitted yet: the weights are inside the library" in done.stdout
+        assert "fc.weight" in done.stdout
+        assert "fc.bias" not in done.stdout
         assert done.stderr.startswith("reweft: note: no manifest")
 
     def test_notices_are_no_data(self, cli: Cli, tmp_path: Path) -> None:

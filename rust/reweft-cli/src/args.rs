@@ -21,6 +21,7 @@ pub enum Command {
     Inspect(Inspect),
     Config(Config),
     Convert(Convert),
+    Extract(Extract),
     Plan(Plan),
     Refit(Refit),
     Verify(Verify),
@@ -74,6 +75,28 @@ Examples:
 pub struct Convert {
     /// The checkpoint.
     pub input: PathBuf,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// Reads the weights back out of a compiled package or another artifact, under the names of their slots.
+///
+/// Tied weights stay tied where the format can say so (.pt).
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  reweft extract net.pt2 net.pt
+  reweft extract net.pt2 net.safetensors --shared drop-aliases")]
+pub struct Extract {
+    /// The compiled package, exported program or TorchScript archive.
+    pub artifact: PathBuf,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// What is written, and how.
+#[derive(Debug, clap::Args)]
+pub struct Target {
     /// The file to write. With --max-shard-size, NAME.safetensors stands for NAME-00001-of-00002.safetensors and so on,
     /// and NAME.safetensors.index.json.
     pub output: PathBuf,
@@ -100,10 +123,9 @@ pub struct Convert {
     pub json: bool,
 }
 
-impl Convert {
-    /// Opens the checkpoint as it is to be written.
-    pub fn open(&self) -> reweft::Result<Checkpoint> {
-        let checkpoint = self.keys.open(&self.input)?;
+impl Target {
+    /// Gives a checkpoint's floats the dtype that was asked for.
+    pub fn cast(&self, checkpoint: Checkpoint) -> reweft::Result<Checkpoint> {
         let Some(name) = &self.dtype else { return Ok(checkpoint) };
         let dtype = Dtype::from_name(name).ok_or_else(|| Error::new(ErrorKind::Usage, format!("no dtype {name:?}")))?;
         checkpoint.cast(dtype)
@@ -134,19 +156,25 @@ pub struct Plan {
     pub json: bool,
 }
 
-/// Writes a copy of a compiled package that holds a checkpoint's weights.
+/// Puts a checkpoint's weights into a compiled package, an exported program, a TorchScript archive or a checkpoint: into a
+/// copy, or in place.
 ///
-/// Everything is checked before a byte is written; the copy appears whole or not at all.
+/// Everything is checked before a byte is written. A copy appears whole or not at all; a rewrite in place that is cut short
+/// is finished when the file is opened the next time.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example:
-  reweft refit net.pt2 epoch3.pt -o net-epoch3.pt2 --top-level-key model_state_dict --remap '^module\\.='")]
+Examples:
+  reweft refit net.pt2 epoch3.pt -o net-epoch3.pt2 --top-level-key model_state_dict --remap '^module\\.='
+  reweft refit net.pt2 epoch3.pt --in-place")]
 pub struct Refit {
     #[command(flatten)]
     pub pair: Pair,
-    /// The package to write; it may be ARTIFACT itself, which is then replaced by a rename.
-    #[arg(short, long)]
-    pub output: PathBuf,
+    /// The file to write; it may be ARTIFACT itself, which is then replaced by a rename.
+    #[arg(short, long, required_unless_present = "in_place", conflicts_with = "in_place")]
+    pub output: Option<PathBuf>,
+    /// Write into ARTIFACT itself, and there only what differs. Not while a process serves from the file.
+    #[arg(long)]
+    pub in_place: bool,
     #[command(flatten)]
     pub allow: Allow,
     /// Print a JSON report.
@@ -199,12 +227,16 @@ pub struct Diff {
 /// A package and the checkpoint for it.
 #[derive(Debug, clap::Args)]
 pub struct Pair {
-    /// The compiled package (.pt2).
+    /// The compiled package (.pt2), exported program, TorchScript archive or checkpoint.
     pub artifact: PathBuf,
     /// The checkpoint (.pt or safetensors).
     pub checkpoint: PathBuf,
     #[command(flatten)]
     pub keys: Keys,
+    /// The weights that ARTIFACT was compiled with: what it holds is compared with them, so that a slot whose value the
+    /// compiler made of several weights is found even if it kept a name.
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub original: Option<PathBuf>,
 }
 
 /// Which keys of a checkpoint, under which names.

@@ -15,6 +15,8 @@ use crate::args::Inspect;
 use crate::output;
 
 pub fn run(command: &Inspect, out: &mut dyn Write) -> anyhow::Result<bool> {
+    // A file that is half rewritten need not look like what it is.
+    reweft::write::recover(&command.file)?;
     let source = source::open(&command.file, Access::Read)?;
     if artifact::detect(&source) {
         let artifact = Artifact::open(&command.file, Access::Read, &Limits::default())?;
@@ -154,13 +156,17 @@ fn show_mapped(mapped: &Mapped, out: &mut dyn Write) -> anyhow::Result<()> {
 struct ArtifactView<'a> {
     kind: &'static str,
     file: String,
-    model: &'a str,
-    weights: Option<&'a str>,
+    /// Names of the models in a package.
+    models: Vec<&'a str>,
     has_manifest: bool,
+    /// Why no weights can be replaced, if so.
+    absent: Option<&'a str>,
     needs_proxy_executor: bool,
     slots: Vec<SlotView<'a>>,
     unused: &'a [String],
     unrefittable: &'a [Unrefittable],
+    /// Constants that the program computes from others when it is loaded.
+    recomputed: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -174,14 +180,15 @@ struct SlotView<'a> {
     dtype: &'static str,
     shape: &'a [u64],
     strides: &'a [u64],
-    byte_offset: u64,
+    /// First byte in the file.
+    byte_offset: Option<u64>,
     nbytes: u64,
     hash: Option<&'a str>,
-    obstacle: Option<&'static str>,
+    obstacle: Option<&'a str>,
 }
 
-impl<'a> From<&'a Slot> for SlotView<'a> {
-    fn from(slot: &'a Slot) -> Self {
+impl<'a> SlotView<'a> {
+    fn new(artifact: &Artifact, slot: &'a Slot) -> Self {
         Self {
             name: &slot.name,
             aliases: &slot.aliases,
@@ -192,7 +199,7 @@ impl<'a> From<&'a Slot> for SlotView<'a> {
             dtype: slot.dtype.name(),
             shape: &slot.shape,
             strides: &slot.strides,
-            byte_offset: slot.byte_offset,
+            byte_offset: artifact.place(slot).ok(),
             nbytes: slot.nbytes,
             hash: slot.hash.as_deref(),
             obstacle: slot.obstacle(),
@@ -201,17 +208,19 @@ impl<'a> From<&'a Slot> for SlotView<'a> {
 }
 
 fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let records = artifact.records();
+    let program = artifact.program();
+    let models = program.map_or(&[][..], |program| program.models());
     let view = ArtifactView {
         kind: "artifact",
         file: artifact.path().display().to_string(),
-        model: &records.model,
-        weights: records.weights.as_deref(),
-        has_manifest: artifact.has_manifest(),
-        needs_proxy_executor: records.extern_nodes.is_some(),
-        slots: artifact.slots().iter().map(SlotView::from).collect(),
+        models: models.iter().map(|model| model.model.as_str()).collect(),
+        has_manifest: artifact.manifest().is_some(),
+        absent: artifact.absent().map(|absent| absent.why.as_str()),
+        needs_proxy_executor: models.iter().any(|model| model.extern_nodes.is_some()),
+        slots: artifact.slots().iter().map(|slot| SlotView::new(artifact, slot)).collect(),
         unused: artifact.unused(),
         unrefittable: artifact.unrefittable(),
+        recomputed: program.map_or(&[], |program| program.recomputed()),
     };
     if json {
         return output::json(out, &view);
@@ -225,7 +234,7 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         if !slot.persistent {
             remarks.push("not in a state_dict".to_owned());
         }
-        if slot.mutated && artifact.has_manifest() {
+        if slot.mutated && artifact.manifest().is_some() {
             remarks.push("written by the program".to_owned());
         }
         remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));
@@ -238,15 +247,22 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
     for name in artifact.unused() {
         writeln!(out, "never read by the program: {name}")?;
     }
-    if artifact.weights_record().is_err() && !artifact.slots().is_empty() {
-        writeln!(out, "cannot be refitted yet: the weights are inside the library")?;
+    for name in view.recomputed {
+        writeln!(out, "computed from others when the program is loaded: {name}")?;
     }
-    if !artifact.has_manifest() {
+    if let Some(why) = view.absent {
+        writeln!(out, "cannot be refitted: {why}")?;
+    }
+    if view.models.len() > 1 {
+        writeln!(out, "models, whose names stand before those of their slots: {}", view.models.join(", "))?;
+    }
+    if !view.has_manifest {
         output::notices([
             &"no manifest: small tensors may be compiled into the code, and ties are not known".to_owned()
         ]);
     }
     let nbytes: u64 = artifact.slots().iter().map(|slot| slot.nbytes).sum();
-    writeln!(out, "AOTInductor package: {} slots, {} bytes", artifact.slots().len(), output::bytes(nbytes))?;
+    let (kind, slots) = (artifact.kind().name(), artifact.slots().len());
+    writeln!(out, "{kind}: {slots} slots, {} bytes", output::bytes(nbytes))?;
     Ok(())
 }

@@ -38,6 +38,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Inspect(command) => inspect::run(command, &mut stdout),
         Command::Config(command) => config::run(command, &mut stdout),
         Command::Convert(command) => weights::convert(command, &mut stdout),
+        Command::Extract(command) => weights::extract(command, &mut stdout),
         Command::Plan(command) => weights::plan(command, &mut stdout),
         Command::Refit(command) => weights::refit(command, &mut stdout),
         Command::Verify(command) => weights::verify(command, &mut stdout),

@@ -1,27 +1,53 @@
-//! `convert`, `plan`, `refit`, `verify`: what moves or compares weights.
+//! `convert`, `extract`, `plan`, `refit`, `verify`: what moves or compares weights.
 
 use std::io::Write;
 
 use reweft::plan::Finding;
 use reweft::source::Access;
-use reweft::{Artifact, Checkpoint, Limits, plan, write};
+use reweft::{Artifact, Checkpoint, Error, ErrorKind, Limits, plan, write};
 
-use crate::args::{Allow, Convert, Pair, Plan, Refit, Verify};
+use crate::args::{Allow, Convert, Extract, Pair, Plan, Refit, Target, Verify};
 use crate::output;
 
-/// Gives whether the check found no difference; `convert` and `refit` check nothing.
+/// Gives whether the check found no difference; `convert`, `extract` and `refit` check nothing.
 type Outcome = anyhow::Result<bool>;
 
 pub fn convert(command: &Convert, out: &mut dyn Write) -> Outcome {
-    let checkpoint = command.open()?;
-    let bar = output::progress(command.json);
-    let options = command.options();
-    let report = write::convert(&checkpoint, &command.output, &options, &mut |done, of| {
+    write_checkpoint(command.target.keys.open(&command.input)?, &command.target, out)
+}
+
+pub fn extract(command: &Extract, out: &mut dyn Write) -> Outcome {
+    let artifact = Artifact::open(&command.artifact, Access::Read, &Limits::default())?;
+    if let Some(absent) = artifact.absent() {
+        return Err(Error::new(ErrorKind::Unsupported, &absent.why).in_file(artifact.path()).into());
+    }
+    let target = &command.target;
+    if let Some(key) = &target.keys.top_level_key {
+        let what = "the slots of an artifact lie in no dict, so there is no top-level key";
+        return Err(Error::new(ErrorKind::Usage, what)
+            .of_key(key)
+            .with_hint("--strip-prefix takes a prefix off")
+            .into());
+    }
+    for slot in artifact.slots().iter().filter(|slot| slot.obstacle().is_some()) {
+        let (name, why) = (&slot.name, slot.obstacle().unwrap_or_default());
+        output::notices([&format!("{name} is no weight as a module has it: {why}")]);
+    }
+    let (weights, keys) = (artifact.weights()?, target.keys.key_map()?);
+    let weights = if keys.is_identity() { weights } else { weights.rekey(&keys)? };
+    write_checkpoint(weights, target, out)
+}
+
+fn write_checkpoint(checkpoint: Checkpoint, target: &Target, out: &mut dyn Write) -> Outcome {
+    let checkpoint = target.cast(checkpoint)?;
+    let bar = output::progress(target.json);
+    let options = target.options();
+    let report = write::convert(&checkpoint, &target.output, &options, &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    if command.json {
+    if target.json {
         output::json(out, &report)?;
     } else {
         output::notices(&report.notices);
@@ -53,7 +79,10 @@ fn shorten(text: &str) -> String {
 fn prepare(pair: &Pair, allow: &Allow) -> anyhow::Result<(Artifact, Checkpoint, plan::Plan)> {
     let artifact = Artifact::open(&pair.artifact, Access::Read, &Limits::default())?;
     let checkpoint = pair.keys.open(&pair.checkpoint)?;
-    let plan = plan::plan(&artifact, &checkpoint, allow.into())?;
+    let mut plan = plan::plan(&artifact, &checkpoint, allow.into())?;
+    if let Some(original) = &pair.original {
+        plan.check_original(&artifact, &pair.keys.open(original)?)?;
+    }
     Ok((artifact, checkpoint, plan))
 }
 
@@ -92,16 +121,20 @@ fn findings(out: &mut dyn Write, findings: &[Finding]) -> anyhow::Result<()> {
 pub fn refit(command: &Refit, out: &mut dyn Write) -> Outcome {
     let (artifact, checkpoint, plan) = prepare(&command.pair, &command.allow)?;
     let bar = output::progress(command.json);
-    let report = write::refit(&plan, &artifact, &checkpoint, &command.output, &mut |done, of| {
+    let progress: write::Progress<'_> = &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);
-    })?;
+    };
+    let report = match &command.output {
+        Some(path) => write::refit(&plan, &artifact, &checkpoint, path, progress)?,
+        None => write::refit_in_place(&plan, &artifact, &checkpoint, progress)?,
+    };
     bar.finish_and_clear();
     if command.json {
         output::json(out, &report)?;
     } else {
         output::notices(&report.notices);
-        let (path, slots, changed) = (command.output.display(), report.slots, report.slots_changed);
+        let (path, slots, changed) = (report.out.display(), report.slots, report.slots_changed);
         let (nbytes, kept) = (output::bytes(report.nbytes), report.kept.len());
         writeln!(out, "{path}: {slots} slots filled with {nbytes} bytes, {changed} of them changed, {kept} kept")?;
     }

@@ -128,6 +128,13 @@ impl Checkpoint {
         Ok(opened?)
     }
 
+    /// The weights of an artifact, under the names of its slots. Compares their CRCs.
+    #[staticmethod]
+    fn of_artifact(py: Python<'_>, path: PathBuf) -> Result<Self> {
+        let weights = py.detach(|| reweft::Artifact::open(&path, Access::Read, &reweft::Limits::default())?.weights());
+        Ok(Self(Arc::new(weights?)))
+    }
+
     /// Makes a checkpoint of buffers; they are borrowed, not copied.
     #[staticmethod]
     fn from_buffers(name: PathBuf, storages: Vec<Bound<'_, PyAny>>, tensors: Vec<TensorRow>) -> PyResult<Self> {

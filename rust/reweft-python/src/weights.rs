@@ -46,28 +46,38 @@ pub fn to_json(value: &impl serde::Serialize) -> Result<String> {
 
 /// Plans a refit. Reads metadata, and tied keys that are stored twice.
 #[pyfunction]
-#[pyo3(signature = (artifact, checkpoint, *, cast, missing, unused))]
+#[pyo3(signature = (artifact, checkpoint, *, original, cast, missing, unused))]
 pub fn plan(
     py: Python<'_>,
     artifact: PathBuf,
     checkpoint: &Checkpoint,
+    original: Option<&Checkpoint>,
     cast: bool,
     missing: bool,
     unused: bool,
 ) -> Result<Plan> {
     let checkpoint = Arc::clone(&checkpoint.0);
+    let original = original.map(|original| Arc::clone(&original.0));
     py.detach(|| {
         let artifact = Artifact::open(&artifact, Access::Read, &Limits::default())?;
-        let plan = engine::plan(&artifact, &checkpoint, engine::Allow { cast, missing, unused })?;
+        let mut plan = engine::plan(&artifact, &checkpoint, engine::Allow { cast, missing, unused })?;
+        if let Some(original) = original {
+            plan.check_original(&artifact, &original)?;
+        }
         Ok(Plan { inner: plan, artifact, checkpoint })
     })
 }
 
-/// Carries a plan out as a copy; gives the report as JSON.
+/// Carries a plan out as a copy, or in place if there is no `out`; gives the report as JSON.
 #[pyfunction]
-pub fn refit(py: Python<'_>, plan: &Plan, out: PathBuf) -> Result<String> {
+pub fn refit(py: Python<'_>, plan: &Plan, out: Option<PathBuf>) -> Result<String> {
     let Plan { inner, artifact, checkpoint } = plan;
-    py.detach(|| to_json(&write::refit(inner, artifact, checkpoint, &out, &mut |_, _| ())?))
+    py.detach(|| {
+        to_json(&match out {
+            Some(out) => write::refit(inner, artifact, checkpoint, &out, &mut |_, _| ())?,
+            None => write::refit_in_place(inner, artifact, checkpoint, &mut |_, _| ())?,
+        })
+    })
 }
 
 /// Compares slots with the checkpoint; gives the report as JSON.

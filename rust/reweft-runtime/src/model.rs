@@ -337,7 +337,7 @@ fn check_runnable<'a>(artifact: &'a Artifact, options: &ModelOptions) -> Result<
         return Err(Error::new(ErrorKind::Unsupported, what)
             .with_hint("compile with reweft.torch.trace; torch's own aoti_load_package runs it unchecked"));
     };
-    if artifact.records().extern_nodes.is_some() {
+    if artifact.program().is_some_and(|program| program.models().iter().any(|model| model.extern_nodes.is_some())) {
         let what = "the program has operators that need a proxy executor, which is not supported yet";
         return Err(Error::new(ErrorKind::Unsupported, what).with_hint("torch's own aoti_load_package runs it"));
     }
@@ -401,8 +401,9 @@ fn check_input(tensor: &Tensor, wanted: &InputType) -> Result<()> {
 /// # Safety
 /// As [`Library::open`].
 unsafe fn unpack_library(artifact: &Artifact, torch: &Torch) -> Result<Library> {
-    let record = &artifact.records().library;
-    let bytes = artifact.archive().read(record)?;
+    let program = artifact.program().and_then(|program| Some((program.archive()?, program.models().first()?)));
+    let (archive, model) = program.ok_or_else(|| Error::new(ErrorKind::Unsupported, "this is no compiled package"))?;
+    let bytes = archive.read(&model.library)?;
     let failed = |error| Error::io("unpack the library to a temporary file", error);
     let mut file = tempfile::Builder::new().prefix("reweft-").suffix(".so").tempfile().map_err(failed)?;
     file.write_all(&bytes).map_err(failed)?;
@@ -417,10 +418,8 @@ fn packaged_weights(artifact: &Artifact) -> Result<Vec<SlotBytes>> {
     if artifact.slots().is_empty() {
         return Ok(Vec::new());
     }
-    let (source, start, _) = artifact.weights()?;
     let place = |slot: &Slot| {
-        let at = start + slot.byte_offset;
-        let bytes = SlotBytes::Shared(Arc::clone(source), at);
+        let bytes = SlotBytes::Shared(Arc::clone(artifact.source()), artifact.place(slot)?);
         if slot.mutated || !is_aligned(&bytes, slot)? {
             return Ok(SlotBytes::Own(Arc::new(Lines::from_bytes(&artifact.read_slot(slot)?))));
         }

@@ -1,22 +1,31 @@
 //! Compiled packages and the slots in them that hold weights.
 //!
-//! Opening reads metadata only. One file per kind; today that is [`aotinductor`], the `.pt2` that
-//! `torch._inductor.aoti_compile_and_package` and `reweft.torch.trace` write.
+//! Opening reads metadata only. [`aotinductor`] reads the `.pt2` that `torch._inductor.aoti_compile_and_package` and
+//! `reweft.torch.trace` write; `stored` reads everything else that holds tensors in places of their own: exported
+//! programs, TorchScript archives and checkpoints.
 
 pub mod aotinductor;
+mod checksum;
+mod library;
 pub mod manifest;
+mod stored;
 
+pub use checksum::Checksum;
+
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Checkpoint;
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
-use crate::source::{self, Access, Source};
-use crate::tensor::is_dense;
+use crate::source::{self, Access, Source, Window};
+use crate::tensor::{TensorInfo, is_dense};
+use crate::write;
 use manifest::Manifest;
 
 /// What the compiler took a slot's tensor for.
@@ -30,6 +39,8 @@ pub enum SlotKind {
     Buffer,
     /// A tensor that was lifted out of the program; its origin is not recorded.
     Constant,
+    /// A tensor of a file that does not say what it is.
+    Tensor,
 }
 
 /// The place in an artifact that holds one tensor.
@@ -53,14 +64,22 @@ pub struct Slot {
     pub shape: Vec<u64>,
     /// Elements between neighbours, as compiled; dense for every slot that can be refitted.
     pub strides: Vec<u64>,
-    /// First byte within the weights record.
+    /// Which of the artifact's weights it lies in: a record, a part of a library, a storage. `None` if the file does not
+    /// hold its bytes.
+    pub region: Option<usize>,
+    /// First byte within the region.
     pub byte_offset: u64,
     /// Bytes of the elements.
     pub nbytes: u64,
     /// Bytes of the row with its padding.
     pub row_nbytes: u64,
+    /// Further places of the same bytes, as region and first byte in it: a package may hold weights inside the library and
+    /// beside it.
+    pub copies: Vec<(usize, u64)>,
     /// BLAKE3 of the slot's bytes as the manifest states it.
     pub hash: Option<String>,
+    /// Why the reader of the file says that new weights cannot go here.
+    pub blocked: Option<String>,
 }
 
 impl Slot {
@@ -75,16 +94,23 @@ impl Slot {
     }
 
     /// Why new weights cannot go here, if so.
-    pub fn obstacle(&self) -> Option<&'static str> {
+    pub fn obstacle(&self) -> Option<&str> {
         if self.is_folded() {
             Some("the compiler folded or packed weights into it (freezing=True); its value is not a key's")
-        } else if self.name.starts_with("_tensor_constant") {
+        } else if self.is_numbered() {
             Some("a tensor attribute that the compiler lifted out under a number; its name is not recorded")
+        } else if let Some(why) = &self.blocked {
+            Some(why)
         } else if !is_dense(&self.shape, &self.strides) {
             Some("it is a view with gaps or repeats of a larger storage")
         } else {
             None
         }
+    }
+
+    /// Whether its name is a number that the compiler gave.
+    pub fn is_numbered(&self) -> bool {
+        self.name.starts_with("_tensor_constant")
     }
 }
 
@@ -97,29 +123,82 @@ pub struct Unrefittable {
     pub reason: String,
 }
 
-/// A compiled package: its slots, and what it says of weights that are not there.
+/// What kind of file an artifact is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Kind {
+    /// A `.pt2` package that AOTInductor compiled.
+    Aotinductor,
+    /// A library that AOTInductor compiled, beside its source.
+    Library,
+    /// A `.pt2` of `torch.export.save`.
+    Exported,
+    /// An archive of `torch.jit.save`.
+    TorchScript,
+    /// A file of weights alone.
+    Checkpoint,
+}
+
+impl Kind {
+    /// The name that people use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Aotinductor => "AOTInductor package",
+            Self::Library => "AOTInductor library",
+            Self::Exported => "exported program",
+            Self::TorchScript => "TorchScript archive",
+            Self::Checkpoint => "checkpoint",
+        }
+    }
+}
+
+/// Why a package holds no weights that could be replaced, and what to do about it.
+#[derive(Clone, Debug)]
+pub struct Absent {
+    /// The reason.
+    pub why: String,
+    /// The way out.
+    pub hint: &'static str,
+}
+
+/// What is behind the slots.
+#[derive(Debug)]
+enum Holds {
+    /// A compiled program with its rows.
+    Program(Box<aotinductor::Program>),
+    /// Tensors in storages, as a checkpoint has them.
+    Storages(Box<stored::Stored>),
+}
+
+/// A compiled package, or another file that holds tensors: its slots, and what it says of weights that are not there.
 #[derive(Debug)]
 pub struct Artifact {
     path: PathBuf,
-    archive: Arc<Archive>,
-    records: aotinductor::Records,
+    source: Source,
+    kind: Kind,
     slots: Vec<Slot>,
     unused: Vec<String>,
     unrefittable: Vec<Unrefittable>,
-    manifest: Option<Manifest>,
+    holds: Holds,
 }
 
-/// Whether a file begins like an archive that says it is a `.pt2` package. Reads the directory and one small record.
+/// Whether a file begins like a library, or like an archive that says it is a `.pt2` package. Reads the directory and one
+/// small record.
 pub fn detect(source: &Source) -> bool {
-    Archive::detect(&**source) && Archive::open(source.clone()).is_ok_and(|archive| aotinductor::is_package(&archive))
+    library::detect(&**source)
+        || Archive::detect(&**source)
+            && Archive::open(source.clone()).is_ok_and(|archive| aotinductor::is_package(&archive))
 }
 
 impl Artifact {
-    /// Opens a package. Reads metadata only: the directory, the manifest and the text of the wrapper source.
+    /// Opens an artifact; content tells what it is. Reads metadata only: directory, manifest, the text of the wrapper
+    /// source, the symbols of a library; of other files what [`Checkpoint::open`] reads. An in-place rewrite that was cut
+    /// short is finished first.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`], [`ErrorKind::Format`] for a damaged package or a manifest that contradicts the program,
-    /// [`ErrorKind::Unsupported`] for another kind of file or several models in one package.
+    /// [`ErrorKind::Io`], [`ErrorKind::Format`] for a damaged file or a manifest that contradicts the program,
+    /// [`ErrorKind::Unsupported`] for another kind of file.
     ///
     /// # Examples
     /// ```no_run
@@ -132,8 +211,14 @@ impl Artifact {
     /// # Ok::<(), reweft::Error>(())
     /// ```
     pub fn open(path: &Path, access: Access, limits: &Limits) -> Result<Self> {
+        write::recover(path)?;
         let source = source::open(path, access)?;
-        let artifact = aotinductor::read(path, source, limits).map_err(|error| error.in_file(path))?;
+        let read = if detect(&source) {
+            aotinductor::read(path, source, limits)
+        } else {
+            stored::read(path, source, access, limits)
+        };
+        let artifact = read.map_err(|error| error.in_file(path))?;
         artifact.check_names().map_err(|error| error.in_file(path))?;
         Ok(artifact)
     }
@@ -152,7 +237,17 @@ impl Artifact {
         &self.path
     }
 
-    /// The slots in the order of their bytes.
+    /// The file's bytes.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// What kind of file it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The slots in the order of their bytes, as far as the kind of file has one.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
     }
@@ -167,76 +262,144 @@ impl Artifact {
         &self.unrefittable
     }
 
-    /// Whether `reweft` wrote down the origin of every slot when it compiled the package.
-    pub fn has_manifest(&self) -> bool {
-        self.manifest.is_some()
-    }
-
-    /// What `reweft` wrote down when it compiled the package, if it did.
-    pub fn manifest(&self) -> Option<&Manifest> {
-        self.manifest.as_ref()
-    }
-
-    /// The archive the package is kept in.
-    pub fn archive(&self) -> &Arc<Archive> {
-        &self.archive
-    }
-
-    /// Names of the records that matter.
-    pub fn records(&self) -> &aotinductor::Records {
-        &self.records
-    }
-
-    /// The record that holds the weights.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] if they are inside the library, [`ErrorKind::Usage`] if the package has no slots.
-    pub fn weights_record(&self) -> Result<&str> {
-        if let Some(record) = &self.records.weights {
-            return Ok(record);
+    /// The compiled program, if it is one.
+    pub fn program(&self) -> Option<&aotinductor::Program> {
+        match &self.holds {
+            Holds::Program(program) => Some(program),
+            Holds::Storages(_) => None,
         }
-        let error = if self.slots.is_empty() {
-            Error::new(ErrorKind::Usage, "the package holds no weights")
-        } else {
-            Error::new(ErrorKind::Unsupported, "the weights are inside the library, where they cannot be replaced yet")
-                .with_hint("compile with reweft.torch.trace, or with package_constants_on_disk_format=\"binary_blob\"")
-        };
-        Err(error.in_file(&self.path))
     }
 
-    /// Where the weights record lies in the file: source, first byte, length.
+    /// What `reweft` wrote down about the origin of every slot when it compiled the package, if it did.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.program()?.manifest.as_ref()
+    }
+
+    /// Whether all tensors of the module are accounted for: by a manifest, or because nothing was compiled.
+    pub fn is_complete(&self) -> bool {
+        self.program().is_none_or(|program| program.manifest.is_some())
+    }
+
+    /// Why a program's weights cannot be replaced at all, if so.
+    pub fn absent(&self) -> Option<&Absent> {
+        self.program().filter(|_| !self.slots.is_empty())?.absent.as_ref()
+    }
+
+    /// Where a slot's first byte stands in the file. May read the header of its record.
     ///
     /// # Errors
-    /// As [`weights_record`](Self::weights_record) and [`Archive::place`].
-    pub fn weights(&self) -> Result<(&Source, u64, u64)> {
-        let place = self.archive.place(self.weights_record()?).map_err(|error| error.in_file(&self.path))?;
-        Ok((self.archive.source(), place.data.start, place.data.end - place.data.start))
+    /// [`ErrorKind::Unsupported`] if the file does not hold its bytes as they are.
+    pub fn place(&self, slot: &Slot) -> Result<u64> {
+        let place = match slot.region {
+            // Where nothing stands there is no place.
+            _ if slot.nbytes == 0 => Ok(0),
+            Some(region) => self.locate(slot, (region, slot.byte_offset)),
+            None => {
+                let absent = self.absent();
+                let why = absent.map_or("it has no bytes here", |absent| &absent.why);
+                let error = Error::new(ErrorKind::Unsupported, why);
+                Err(if let Some(absent) = absent { error.with_hint(absent.hint) } else { error })
+            }
+        };
+        place.map_err(|error| error.of_key(&slot.name).in_file(&self.path))
+    }
+
+    /// All places of a slot's bytes in the file.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub(crate) fn places(&self, slot: &Slot) -> Result<Vec<u64>> {
+        let mut places = vec![self.place(slot)?];
+        for copy in slot.copies.iter().filter(|_| slot.nbytes > 0) {
+            let place = self.locate(slot, *copy);
+            places.push(place.map_err(|error| error.of_key(&slot.name).in_file(&self.path))?);
+        }
+        Ok(places)
+    }
+
+    fn locate(&self, slot: &Slot, (region, byte_offset): (usize, u64)) -> Result<u64> {
+        let start = match &self.holds {
+            Holds::Program(program) => program.place(region, byte_offset)?,
+            Holds::Storages(stored) => stored.place(region, byte_offset)?,
+        };
+        source::check_range(self.source.len(), start, slot.nbytes).map(|_| start)
     }
 
     /// Reads a slot's present bytes in its compiled layout.
     ///
     /// # Errors
-    /// As [`weights`](Self::weights), and read errors. The record's CRC is not compared: a slot is only part of it.
+    /// As [`place`](Self::place), and read errors. The record's CRC is not compared: a slot is only part of it.
     pub fn read_slot(&self, slot: &Slot) -> Result<Vec<u8>> {
-        let (source, start, _) = self.weights()?;
-        source::read_vec(&**source, start + slot.byte_offset, slot.nbytes)
+        let start = self.place(slot)?;
+        source::read_vec(&*self.source, start, slot.nbytes)
             .map_err(|error| error.of_key(&slot.name).in_file(&self.path))
     }
 
-    /// Compares the CRC of the weights record. Reads all weight bytes.
+    /// The CRCs that the file states over the bytes of some slots, once each; a record in a record stands before the one
+    /// around it.
     ///
     /// # Errors
-    /// [`ErrorKind::Format`] if it is wrong; as [`weights`](Self::weights); read errors.
+    /// [`ErrorKind::Format`] where an archive contradicts itself.
+    pub fn checksums<'a>(&self, slots: impl IntoIterator<Item = &'a Slot>) -> Result<Vec<Checksum>> {
+        let copies = |slot: &'a Slot| slot.copies.iter().map(|(region, _)| *region);
+        let regions = slots.into_iter().flat_map(|slot| slot.region.into_iter().chain(copies(slot)));
+        let mut regions: Vec<usize> = regions.collect();
+        regions.sort_unstable();
+        regions.dedup();
+        let mut checksums = match &self.holds {
+            Holds::Program(program) => program.checksums(&regions),
+            Holds::Storages(stored) => stored.checksums(&regions),
+        }
+        .map_err(|error| error.in_file(&self.path))?;
+        checksums.sort_by_key(|checksum| (checksum.covers.end - checksum.covers.start, checksum.covers.start));
+        checksums.dedup();
+        Ok(checksums)
+    }
+
+    /// Compares the CRCs of all records that hold weights. Reads all weight bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] if one is wrong; read errors.
     pub fn check_weights(&self) -> Result<()> {
-        let record = self.weights_record()?;
-        let (source, start, nbytes) = self.weights()?;
-        source::crc(&**source, start, nbytes)
-            .and_then(|crc| self.archive.check_crc(record, crc))
+        let mut checksums = self.checksums(&self.slots)?;
+        // What is within another range is read with it.
+        let ranges: Vec<_> = checksums.iter().map(|checksum| checksum.covers.clone()).collect();
+        checksums.retain(|checksum| {
+            let Range { start, end } = checksum.covers;
+            !ranges.iter().any(|other| *other != checksum.covers && other.start <= start && end <= other.end)
+        });
+        checksums
+            .iter()
+            .try_for_each(|checksum| checksum.check(&*self.source))
             .map_err(|error| error.in_file(&self.path))
     }
 
     /// Finds the slot that has this name or alias.
     pub fn slot(&self, name: &str) -> Option<&Slot> {
         self.slots.iter().find(|slot| slot.names().any(|other| other == name))
+    }
+
+    /// The weights as a checkpoint, under every name that a slot has; slots without bytes here are left out. Compares
+    /// the CRCs first, which reads all weight bytes; copies none.
+    ///
+    /// # Errors
+    /// As [`check_weights`](Self::check_weights) and [`place`](Self::place).
+    pub fn weights(&self) -> Result<Checkpoint> {
+        if let Holds::Storages(stored) = &self.holds {
+            return Ok(stored.checkpoint.clone());
+        }
+        self.check_weights()?;
+        let (mut storages, mut tensors) = (Vec::new(), Vec::new());
+        for slot in self.slots.iter().filter(|slot| slot.region.is_some()) {
+            // The row with its padding, since a view may reach into it.
+            let nbytes = slot.row_nbytes.max(slot.nbytes);
+            let window = Window::new(self.source.clone(), self.place(slot)?, nbytes)
+                .map_err(|error| error.of_key(&slot.name).in_file(&self.path))?;
+            let (dtype, shape, strides) = (slot.dtype, slot.shape.clone(), slot.strides.clone());
+            let info = TensorInfo { dtype, shape, strides, storage: storages.len(), storage_offset: 0 };
+            storages.push(Arc::new(window) as Source);
+            tensors.extend(slot.names().map(|name| (name.to_owned(), info.clone())));
+        }
+        Checkpoint::from_memory(&self.path, storages, tensors)
     }
 }

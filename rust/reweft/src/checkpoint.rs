@@ -45,6 +45,7 @@ use crate::limits::Limits;
 use crate::recipe::{Recipe, Step};
 use crate::source::{self, Access, Source};
 use crate::tensor::{TensorInfo, contiguous};
+use crate::write;
 pub(crate) use budget::Budget;
 use derive::{Derive, Derived};
 pub(crate) use detect::visit;
@@ -174,6 +175,7 @@ impl Checkpoint {
         if path.is_dir() {
             return Err(shards::is_a_folder(path));
         }
+        write::recover(path)?;
         let source = source::open(path, options.access)?;
         Self::read_source(path, &source, path.parent(), options)
     }

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use crate::checkpoint::{self, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{self, Source};
+use crate::write;
 pub(crate) use read::survey;
 pub use value::{
     Array, Clock, Dict, DictClass, Elements, Id, Name, NameKind, Namespace, Object, Opaque, Pairs, PathParts, Time,
@@ -98,6 +99,7 @@ impl Config {
     /// value that is not known, and for safetensors; [`ErrorKind::Format`] for a value that holds itself;
     /// [`ErrorKind::KeyCollision`] for a dict that has one key twice.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        write::recover(path)?;
         Self::from_source(path, source::open(path, options.access)?, options)
     }
 

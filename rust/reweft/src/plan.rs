@@ -10,9 +10,10 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::artifact::{Artifact, Slot};
+use crate::artifact::{Artifact, Kind, Slot};
 use crate::checkpoint::Checkpoint;
 use crate::convert;
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
 use crate::recipe::Recipe;
@@ -73,8 +74,8 @@ pub fn plan(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow) -> Resul
             None => kept.push(slot.name.clone()),
         }
     }
-    planner.check_leftover_keys();
-    planner.check_weights_record();
+    planner.check_leftover_keys()?;
+    planner.check_absent();
     Ok(Plan {
         artifact: artifact.path().to_owned(),
         checkpoint: checkpoint.path().to_owned(),
@@ -119,6 +120,27 @@ impl Plan {
             Some(hint) => error.with_hint(hint),
             None => error,
         })
+    }
+
+    /// Holds the artifact against the weights that it was compiled with: a slot that keeps its name, but holds what the
+    /// compiler made of it and others, is a blocking finding. Reads the bytes of all slots that the original has keys for.
+    ///
+    /// # Errors
+    /// Read errors of both.
+    pub fn check_original(&mut self, artifact: &Artifact, original: &Checkpoint) -> Result<()> {
+        for slot in artifact.slots().iter().filter(|slot| slot.obstacle().is_none() && slot.region.is_some()) {
+            let Some(key) = slot.names().find(|name| original.contains(name)) else { continue };
+            let info = original.get(key)?;
+            let fits =
+                info.shape == slot.shape && (info.dtype == slot.dtype || convert::can_cast(info.dtype, slot.dtype));
+            let recipe = Recipe::of_key(key, info, slot.dtype, &slot.strides);
+            if !fits || recipe.evaluate(original, slot.nbytes)? != artifact.read_slot(slot)? {
+                let what = "it does not hold the original's tensor: the compiler put another value under this name";
+                self.findings
+                    .push(Finding::new(FindingKind::Unrefittable, what).slot(slot).key(key).hint(KEEP_CONSTANTS));
+            }
+        }
+        Ok(())
     }
 
     /// The plan as JSON.
@@ -171,7 +193,7 @@ impl<'a> Planner<'a> {
         if slot.is_folded() {
             // Not even on request: the other slots would get new weights and this one would keep the old ones.
             let why = slot.obstacle().unwrap_or_default();
-            self.findings.push(Finding::new(FindingKind::Unrefittable, why).slot(slot));
+            self.findings.push(Finding::new(FindingKind::Unrefittable, why).slot(slot).hint(KEEP_CONSTANTS));
             return Ok(None);
         }
         let Some(key) = keys.first() else {
@@ -205,6 +227,10 @@ impl<'a> Planner<'a> {
         let finding = Finding::new(FindingKind::Missing, what).slot(slot).wanted(slot);
         if !slot.persistent {
             return finding.allowed("it is no part of a state_dict, so it keeps its value");
+        }
+        if slot.is_numbered() && !self.allow.missing {
+            let what = "a tensor attribute of the module that has no name here, so no key can be meant for it";
+            return finding.hint(format!("{what}; --allow-missing keeps its value, reweft.torch.trace keeps its name"));
         }
         if self.allow.missing {
             return finding.allowed("it keeps its value, as asked");
@@ -268,7 +294,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Every key must have a slot, or a reason why it needs none.
-    fn check_leftover_keys(&mut self) {
+    fn check_leftover_keys(&mut self) -> Result<()> {
         let (artifact, checkpoint) = (self.artifact, self.checkpoint);
         let leftover: Vec<&str> = checkpoint.keys().filter(|key| !self.used.contains(key)).collect();
         for key in leftover {
@@ -278,14 +304,48 @@ impl<'a> Planner<'a> {
                 Finding::new(FindingKind::Baked, *reason).key(key).hint(KEEP_CONSTANTS)
             } else if let Some(prefix) = self.prefix_before_a_slot(key) {
                 Finding::new(FindingKind::Unused, "no slot has this name").key(key).hint(prefix_hint(key, prefix))
-            } else if !artifact.has_manifest() && self.may_be_literal(key) {
+            } else if !artifact.is_complete() && self.may_be_literal(key) {
                 let what = "no slot has this name; tensors this small are compiled into the code by default";
                 Finding::new(FindingKind::Baked, what).key(key).hint(KEEP_CONSTANTS)
+            } else if let Some(why) = self.hidden() {
+                Finding::new(FindingKind::Unrefittable, why).key(key).hint(KEEP_CONSTANTS)
+            } else if let Some(other) = self.same_bytes(key)? {
+                let what = format!("it has the bytes of {other:?}, which has a slot");
+                Finding::new(FindingKind::Alias, what).key(key).allowed("taken for tied weights, which are one slot")
             } else {
                 self.unused(key)
             };
             self.findings.push(finding);
         }
+        Ok(())
+    }
+
+    /// Why a key may have no slot although the program depends on it: its value is in a slot that has no name.
+    fn hidden(&self) -> Option<&'static str> {
+        let mut slots = self.artifact.slots().iter();
+        if slots.any(|slot| slot.is_folded() || slot.blocked.is_some() && slot.dtype == Dtype::U8) {
+            return Some("no slot has this name: the compiler folded or packed weights (freezing=True)");
+        }
+        let is_constant = |slot: &Slot| !slot.persistent && slot.name.starts_with("constants.c");
+        let is_frozen = self.artifact.kind() == Kind::TorchScript && self.artifact.slots().iter().any(is_constant);
+        is_frozen
+            .then_some("no slot has this name: the module was frozen, which makes its weights constants without names")
+    }
+
+    /// A key that fills a slot and has the same bytes as this one; only where nothing states which weights are tied.
+    fn same_bytes(&self, key: &str) -> Result<Option<&'a str>> {
+        if self.artifact.is_complete() {
+            return Ok(None);
+        }
+        let Ok(info) = self.checkpoint.get(key) else { return Ok(None) };
+        let used = self.used.iter().filter_map(|other| Some((*other, self.checkpoint.get(other).ok()?)));
+        let alike = used.filter(|(_, other)| (&other.shape, other.dtype) == (&info.shape, info.dtype));
+        for (other, candidate) in alike {
+            if candidate == info || self.checkpoint.read(other)? == self.checkpoint.read(key)? {
+                return Ok(Some(other));
+            }
+        }
+        Ok(None)
     }
 
     /// What stands before the name of a slot that is still empty, if the key ends in one.
@@ -311,15 +371,10 @@ impl<'a> Planner<'a> {
     }
 
     /// Weights that cannot be replaced where they are block the plan, not the inspection.
-    fn check_weights_record(&mut self) {
-        if let Err(error) = self.artifact.weights_record()
-            && !self.artifact.slots().is_empty()
-        {
-            let finding = Finding::new(FindingKind::Unrefittable, error.message());
-            self.findings.push(match error.hint() {
-                Some(hint) => finding.hint(hint),
-                None => finding,
-            });
+    fn check_absent(&mut self) {
+        if let Some(absent) = self.artifact.absent() {
+            let finding = Finding::new(FindingKind::Unrefittable, absent.why.as_str());
+            self.findings.push(finding.hint(absent.hint));
         }
     }
 }

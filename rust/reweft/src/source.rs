@@ -35,6 +35,11 @@ pub trait ReadAt: Send + Sync + fmt::Debug {
         None
     }
 
+    /// The source that this one is a part of, and where it begins there.
+    fn part_of(&self) -> Option<(&Source, u64)> {
+        None
+    }
+
     /// The file behind the source, for writers that let the kernel move bytes.
     fn file(&self) -> Option<&File> {
         None
@@ -50,7 +55,8 @@ pub enum Access {
     /// Positional reads: a file that shrinks meanwhile is an error, never a signal.
     #[default]
     Read,
-    /// A private mapping: no copy, but a file that shrinks meanwhile ends the process with SIGBUS.
+    /// A private mapping: no copy, but a file that shrinks meanwhile ends the process with SIGBUS. A shared lock (`flock`)
+    /// keeps in-place rewrites by reweft away.
     Map,
 }
 
@@ -69,8 +75,23 @@ pub fn open(path: &Path, access: Access) -> Result<Source> {
         return Err(Error::io("open: not a regular file", error).in_file(path));
     }
     match access {
-        Access::Map if metadata.len() > 0 => Ok(Arc::new(Mmap::new(path, file, metadata.len())?)),
+        Access::Map if metadata.len() > 0 => {
+            lock_shared(path, &file)?;
+            Ok(Arc::new(Mmap::new(path, file, metadata.len())?))
+        }
         _ => Ok(Arc::new(FileSource { path: path.to_owned(), file, len: metadata.len() })),
+    }
+}
+
+/// Tells those who would rewrite the file in place that it is mapped. The lock lasts as long as the mapping.
+fn lock_shared(path: &Path, file: &File) -> Result<()> {
+    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockShared) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let error = Error::new(crate::ErrorKind::Usage, "another process rewrites the file").in_file(path);
+            Err(error.with_hint("try again when it has finished"))
+        }
+        // Some file systems know no locks; the promise not to write to mapped files is then the caller's alone.
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
@@ -177,9 +198,22 @@ impl ReadAt for Window {
         self.source.read_exact_at(self.byte_offset + byte_offset, out)
     }
 
+    fn part_of(&self) -> Option<(&Source, u64)> {
+        Some((&self.source, self.byte_offset))
+    }
+
     fn as_slice(&self) -> Option<&[u8]> {
         slice(self.source.as_slice()?, self.byte_offset, self.nbytes).ok()
     }
+}
+
+/// The whole that a source is a part of, and where it begins there; sources that are no part are their own whole.
+pub fn origin(mut source: &Source) -> (&Source, u64) {
+    let mut byte_offset = 0;
+    while let Some((whole, start)) = source.part_of() {
+        (source, byte_offset) = (whole, byte_offset + start);
+    }
+    (source, byte_offset)
 }
 
 /// Copies a checked range of `bytes`; serves every source that is in memory.

@@ -1,30 +1,34 @@
-//! Writing: everything goes to a temporary file beside the target, is synced, and takes the target's name at the end.
+//! Writing: everything goes to a temporary file beside the target, is synced, and takes the target's name at the end. A
+//! rewrite in place puts a journal there first.
 
 mod atomic;
 mod convert;
 mod copy;
+mod journal;
 mod numpy;
 mod options;
+mod parallel;
 mod refit;
 mod safetensors;
 mod shards;
 mod sharing;
+mod slabs;
 mod torch;
 mod transfer;
-mod verify;
+mod watch;
 
 pub use atomic::AtomicFile;
 pub use convert::{ConvertReport, convert};
+pub use journal::recover;
 pub use options::{ConvertOptions, Shared, TargetFormat, parse_nbytes};
-pub use refit::{RefitReport, refit};
-pub use verify::{VerifyReport, verify};
+pub use refit::{RefitReport, VerifyReport, refit, refit_in_place, verify};
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 
 /// Told how many bytes are done, of how many; progress bars hang on it.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+pub type Progress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
 
 /// Refuses to write over a file that the write reads from.
 fn refuse_same_file(out: &Path, input: &Path, what: &str) -> Result<()> {

@@ -98,7 +98,12 @@ pub(crate) struct ManifestSlot {
 
 /// Hash of a slot's bytes: BLAKE3, in hex behind the name, so that it is as long for every value.
 pub fn hash(bytes: &[u8]) -> String {
-    format!("blake3:{}", blake3::hash(bytes).to_hex())
+    hex(blake3::hash(bytes))
+}
+
+/// A hash as manifests state it.
+pub(crate) fn hex(hash: blake3::Hash) -> String {
+    format!("blake3:{}", hash.to_hex())
 }
 
 /// Reads the manifest, if the package has one.
@@ -202,21 +207,25 @@ impl ManifestSlot {
 /// [`Artifact::open`] and [`ErrorKind::Io`].
 pub fn seal(package: &Path, origins: &Origins, out: &Path) -> Result<Artifact> {
     let artifact = Artifact::open(package, Access::Read, &Limits::default())?;
-    if artifact.has_manifest() {
+    if artifact.manifest().is_some() {
         return Err(Error::new(ErrorKind::Usage, "the package has a manifest already").in_file(package));
     }
-    let manifest = build(&artifact, origins).map_err(|error| error.in_file(package))?;
-    let record = (record_name(artifact.records()), manifest.to_json()?);
+    let program = artifact.program().and_then(|program| Some((program.archive()?, program.models())));
+    let Some((archive, [records])) = program else {
+        return Err(Error::new(ErrorKind::Usage, "only a package of one model can have a manifest").in_file(package));
+    };
+    let manifest = build(&artifact, records, origins).map_err(|error| error.in_file(package))?;
+    let record = (record_name(records), manifest.to_json()?);
     let file = AtomicFile::create(out)?;
     let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file.as_file());
-    append_records(artifact.archive(), &[record], &mut buffered).map_err(|error| error.in_file(out))?;
+    append_records(archive, &[record], &mut buffered).map_err(|error| error.in_file(out))?;
     buffered.flush().map_err(|error| Error::io("write", error).in_file(out))?;
     drop(buffered);
     file.commit()?;
     Artifact::open(out, Access::Read, &Limits::default())
 }
 
-fn build(artifact: &Artifact, origins: &Origins) -> Result<Manifest> {
+fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Manifest> {
     let mut by_name: IndexMap<&str, usize> = IndexMap::new();
     for (number, origin) in origins.tensors.iter().enumerate() {
         for name in &origin.names {
@@ -251,7 +260,7 @@ fn build(artifact: &Artifact, origins: &Origins) -> Result<Manifest> {
         torch: origins.torch.clone(),
         device: origins.device.clone(),
         inputs: origins.inputs.clone(),
-        weights: artifact.records().weights.clone(),
+        weights: records.weights.clone(),
         slots,
         unused: unused.into_iter().flat_map(|origin| origin.names.clone()).collect(),
         unrefittable: used

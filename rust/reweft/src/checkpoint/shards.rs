@@ -15,6 +15,7 @@ use super::json::{self, Unique};
 use super::{Contents, Format, Item, Items, OpenOptions, Read, Shard, Value, detect};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{self, Source};
+use crate::write;
 
 /// How names of an index end, for the hint about a folder.
 const INDEX_SUFFIX: &str = ".index.json";
@@ -96,6 +97,7 @@ struct Shards<'i> {
 impl<'i> Shards<'i> {
     fn open(&mut self, folder: &Path, file: &'i str, options: &OpenOptions) -> Result<()> {
         let path = resolve(folder, file)?;
+        write::recover(&path)?;
         let source = source::open(&path, options.access)?;
         let mut found = detect::read_shard(&source, options).map_err(|error| error.in_file(&path))?;
         let first_storage = self.read.storages.len();

@@ -133,6 +133,14 @@ impl Storage {
         }
     }
 
+    /// The archive that a storage is a record of, and the record's name.
+    pub(crate) fn archive_record(&self) -> Option<(&Archive, &str)> {
+        match &self.place {
+            Place::Record(archive, number) => archive.record(*number).ok().map(|record| (&**archive, record.name)),
+            _ => None,
+        }
+    }
+
     fn as_record(&self) -> Option<Record<'_>> {
         match &self.place {
             Place::Record(archive, number) => archive.record(*number).ok(),
@@ -239,7 +247,7 @@ impl Storage {
     }
 
     /// Whether the record is compressed, so that its bytes have no place in the file.
-    fn is_packed(&self) -> bool {
+    pub(crate) fn is_packed(&self) -> bool {
         self.as_record().is_some_and(|record| record.entry.method != Method::STORED)
     }
 

@@ -3,15 +3,15 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::artifact::{self, Artifact, Slot};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::config::Config;
 use crate::error::Result;
 use crate::keymap::KeyMap;
-use crate::source::{self, Source, Window};
+use crate::source;
 use crate::tensor::TensorInfo;
+use crate::write;
 
 /// A checkpoint, or a compiled package whose slots are read like one, under every name that they have.
 #[derive(Debug)]
@@ -30,6 +30,7 @@ impl<'a> Side<'a> {
     /// # Errors
     /// As [`Checkpoint::open`], [`of_artifact`](Self::of_artifact) and [`Checkpoint::rekey`].
     pub fn open(path: &Path, options: &OpenOptions, keys: &KeyMap) -> Result<Side<'static>> {
+        write::recover(path)?;
         // A folder is refused by the reader of checkpoints, which knows what may be in one.
         let is_package = !path.is_dir() && artifact::detect(&source::open(path, options.access)?);
         let side = if is_package {
@@ -53,21 +54,11 @@ impl<'a> Side<'a> {
     /// [`ErrorKind::Format`](crate::ErrorKind::Format) for a wrong CRC, or a slot that leaves the weights record; read
     /// errors.
     pub fn of_artifact(artifact: &Artifact) -> Result<Side<'static>> {
-        let (mut storages, mut tensors, mut out_of_reach) = (Vec::new(), Vec::new(), HashMap::new());
-        match artifact.weights_record() {
-            Ok(_) => {
-                artifact.check_weights()?;
-                for slot in artifact.slots() {
-                    let info = slot_info(slot, storages.len());
-                    storages.push(slot_source(artifact, slot)?);
-                    tensors.extend(slot.names().map(|name| (name.to_owned(), info.clone())));
-                }
-            }
-            Err(error) => {
-                for name in artifact.slots().iter().flat_map(Slot::names) {
-                    out_of_reach.insert(name.to_owned(), error.to_string());
-                }
-            }
+        let checkpoint = Cow::Owned(artifact.weights()?);
+        let mut out_of_reach = HashMap::new();
+        let absent = artifact.absent().map_or("the package does not hold its bytes", |absent| &absent.why);
+        for name in artifact.slots().iter().filter(|slot| slot.region.is_none()).flat_map(Slot::names) {
+            out_of_reach.insert(name.to_owned(), absent.to_owned());
         }
         for absent in artifact.unrefittable() {
             out_of_reach.insert(absent.name.clone(), absent.reason.clone());
@@ -79,7 +70,6 @@ impl<'a> Side<'a> {
         for name in artifact.unused() {
             excuses.insert(name.clone(), "the program never reads it".to_owned());
         }
-        let checkpoint = Cow::Owned(Checkpoint::from_memory(artifact.path(), storages, tensors)?);
         Ok(Side { checkpoint, is_package: true, out_of_reach, excuses })
     }
 
@@ -132,18 +122,4 @@ impl<'a> Side<'a> {
     pub(super) fn survey(&self) -> Result<Option<Config>> {
         self.checkpoint.survey()
     }
-}
-
-fn slot_info(slot: &Slot, storage: usize) -> TensorInfo {
-    let (dtype, shape, strides) = (slot.dtype, slot.shape.clone(), slot.strides.clone());
-    TensorInfo { dtype, shape, strides, storage, storage_offset: 0 }
-}
-
-/// The row of a slot, padding included, since a view may reach into it.
-fn slot_source(artifact: &Artifact, slot: &Slot) -> Result<Source> {
-    let (source, start, _) = artifact.weights()?;
-    let nbytes = slot.row_nbytes.max(slot.nbytes);
-    let window = Window::new(source.clone(), start + slot.byte_offset, nbytes)
-        .map_err(|error| error.of_key(&slot.name).in_file(artifact.path()))?;
-    Ok(Arc::new(window))
 }

@@ -18,6 +18,8 @@ pub enum FindingKind {
     Unused,
     /// A key whose tensor the compiled program never reads.
     NotRead,
+    /// A key that has no slot of its own because it has the bytes of another, which has.
+    Alias,
     /// A key whose tensor the compiler put into the code.
     Baked,
     /// A slot whose bytes are not simply a tensor's, or cannot be reached.

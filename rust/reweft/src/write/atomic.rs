@@ -1,7 +1,7 @@
 //! A file that appears whole or not at all.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -22,6 +22,7 @@ impl AtomicFile {
     /// Creates the temporary file, with the permissions that the process's umask leaves a new file.
     ///
     /// # Errors
+    /// As [`recover`](super::recover) for what is at `target`;
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) if the folder does not exist or cannot be written to, or if `target` is
     /// something that a rename must not replace: a folder, a device, a pipe.
     pub fn create(target: &Path) -> Result<Self> {
@@ -29,12 +30,9 @@ impl AtomicFile {
             let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
             return Err(Error::io("create: not a regular file", error).in_file(target));
         }
-        let file = tempfile::Builder::new()
-            .prefix(PREFIX)
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(folder(target));
-        let file = file.map_err(|error| Error::io("create", error).in_file(target))?;
-        Ok(Self { file, target: target.to_owned() })
+        // A journal of what is replaced here would be taken for one of the new file.
+        super::recover(target)?;
+        Ok(Self { file: temporary(target)?, target: target.to_owned() })
     }
 
     /// The open file.
@@ -55,18 +53,22 @@ impl AtomicFile {
         Error::io(doing, error).in_file(&self.target)
     }
 
-    /// Gives the file the permissions of another one.
+    /// Gives the file the permissions of another one, and its owner and extended attributes as far as the system lets
+    /// this process.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
-    pub fn keep_mode(&self, of: &File) -> Result<()> {
-        let permissions = of.metadata().map(|metadata| metadata.permissions());
-        permissions
-            .and_then(|permissions| self.as_file().set_permissions(permissions))
-            .map_err(|error| self.failed("chmod", error))
+    pub fn keep_attributes(&self, of: &File) -> Result<()> {
+        let found = of.metadata().map_err(|error| self.failed("stat", error))?;
+        // Only a privileged process may give files away. Owner first: changing it clears bits of the mode.
+        let _ = std::os::unix::fs::fchown(self.as_file(), Some(found.uid()), Some(found.gid()));
+        self.as_file().set_permissions(found.permissions()).map_err(|error| self.failed("chmod", error))?;
+        copy_xattrs(of, self.as_file());
+        Ok(())
     }
 
-    /// Syncs the file, renames it to its target and syncs the folder. After an error the target is as it was.
+    /// Syncs the file, renames it to its target and syncs the folder. After an error the target is as it was, unless the
+    /// message says that the new file is there: the sync of the folder comes after the rename.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io). A failed sync is not tried again: the kernel may have dropped the
@@ -76,6 +78,7 @@ impl AtomicFile {
         let target = self.target.clone();
         self.commit_unsynced()?;
         sync_folder(&target)
+            .map_err(|error| error.with_hint("the new file is there, but may be the old one after a power cut"))
     }
 
     /// Syncs the file under its temporary name.
@@ -97,9 +100,31 @@ impl AtomicFile {
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn commit_unsynced(self) -> Result<()> {
+        super::recover(&self.target)?;
         let renamed = self.file.persist(&self.target);
         renamed.map(drop).map_err(|error| Error::io("rename", error.error).in_file(&self.target))
     }
+}
+
+/// Copies extended attributes as far as the file systems have them and this process may.
+fn copy_xattrs(from: &File, to: &File) {
+    let mut names = vec![0; 64 << 10];
+    let Ok(count) = rustix::fs::flistxattr(from, &mut names) else { return };
+    let mut value = vec![0; 64 << 10];
+    for name in names[..count].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        if let Ok(count) = rustix::fs::fgetxattr(from, name, &mut value) {
+            let _ = rustix::fs::fsetxattr(to, name, &value[..count], rustix::fs::XattrFlags::empty());
+        }
+    }
+}
+
+/// A temporary file in the folder of its target, with the permissions that the process's umask leaves a new file.
+pub(super) fn temporary(target: &Path) -> Result<NamedTempFile> {
+    let file = tempfile::Builder::new()
+        .prefix(PREFIX)
+        .permissions(fs::Permissions::from_mode(0o666))
+        .tempfile_in(folder(target));
+    file.map_err(|error| Error::io("create", error).in_file(target))
 }
 
 /// Syncs the folder of a file, so that its name is on the disk.
@@ -111,7 +136,7 @@ pub(super) fn sync_folder(of: &Path) -> Result<()> {
     synced.map_err(|error| Error::io("fsync folder", error).in_file(of))
 }
 
-fn folder(target: &Path) -> &Path {
+pub(super) fn folder(target: &Path) -> &Path {
     match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -13,15 +13,9 @@ const KERNEL_NBYTES: u64 = 64 << 20;
 /// Bytes that pass through memory at a time.
 const CHUNK_NBYTES: u64 = 1 << 20;
 
-/// Copies a whole source to the start of `out`: shares the file's blocks where the file system can.
-///
-/// # Errors
-/// As [`copy_range`].
-pub(super) fn copy_whole(source: &Source, out: &AtomicFile) -> Result<()> {
-    if source.file().is_some_and(|file| rustix::fs::ioctl_ficlone(out.as_file(), file).is_ok()) {
-        return Ok(());
-    }
-    copy_range(source, 0, out, 0, source.len(), &mut |_| Ok(()))
+/// Makes `out` a copy of a whole file by sharing its blocks; false where the file system cannot.
+pub(super) fn clone_whole(source: &Source, out: &AtomicFile) -> bool {
+    source.file().is_some_and(|file| rustix::fs::ioctl_ficlone(out.as_file(), file).is_ok())
 }
 
 /// Copies a range, by the kernel where it can. Offsets are explicit, because other threads may use the same open files.

@@ -1,28 +1,33 @@
-//! Copy mode: a copy of an artifact with new bytes in its slots.
+//! Refit on disk: new bytes in the slots of an artifact, in a copy or in place.
 //!
-//! The kernel copies the whole file; then the weights record is streamed once, which gives its CRC, and the manifest
-//! gets the new hashes. Both keep their size, so nothing moves and every other byte stays.
+//! Nothing changes its size, so nothing moves. What is written are the slots' bytes, the CRCs around them and the hashes
+//! in the manifest; every other byte stays.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
-use super::copy::copy_whole;
+use super::copy::{clone_whole, copy_range};
+use super::journal::{Journal, Locked};
+use super::parallel::{self, Progressed};
+use super::slabs::Slabs;
+use super::watch::Watch;
 use super::{AtomicFile, Progress, refuse_same_file};
-use crate::artifact::{Artifact, Slot, manifest};
+use crate::artifact::{Artifact, Checksum, Slot, manifest};
 use crate::checkpoint::Checkpoint;
-use crate::container::zip::{Archive, Place};
 use crate::error::{Error, ErrorKind, Result};
-use crate::plan::{Finding, Plan};
-use crate::source::read_vec;
+use crate::plan::{Finding, Plan, Refill};
+use crate::source::{self, to_usize};
+use crate::tensor::same_layout;
 
-/// Bytes moved at a time where no slot is replaced.
-const CHUNK_NBYTES: u64 = 1 << 20;
-/// Where the CRC is in a data descriptor and in a central directory header (APPNOTE 4.3.9, 4.3.12).
-const DESCRIPTOR_CRC: u64 = 4;
-const DIRECTORY_CRC: u64 = 16;
+/// Bytes that are copied as one piece of work.
+const PIECE_NBYTES: u64 = 64 << 20;
+/// Bytes of the old content that are held at a time.
+const CHUNK_NBYTES: usize = 256 << 10;
 
 /// What a refit did.
 #[derive(Clone, Debug, Serialize)]
@@ -43,12 +48,17 @@ pub struct RefitReport {
 
 /// Writes a copy of the plan's artifact whose slots hold the checkpoint's tensors.
 ///
-/// Reads and writes the whole artifact once, checks the CRCs of the bytes it reads, and holds one slot in memory. `out`
-/// may be the artifact itself: it is replaced by a rename, which readers of the old file do not notice.
+/// The kernel copies what stays, or shares its blocks where the file system can. Reads the checkpoint's tensors and the
+/// records that they go into once, compares their CRCs, and writes every byte of the copy once, on two or more threads
+/// with buffers of 8 MiB; a tensor that must be rearranged is held whole. `out` may be the artifact itself: it is
+/// replaced by a rename, which readers of the old file do not notice. The copy has the artifact's mode, and, where the
+/// system allows, its owner and extended attributes. A symbolic link at `out` is replaced, not followed; of a file with
+/// several names only this one becomes the new file.
 ///
 /// # Errors
 /// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if `out` is the checkpoint or the
-/// plan is of other files; read errors and [`ErrorKind::Io`]. `out` is then as it was.
+/// plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes meanwhile; read errors and
+/// [`ErrorKind::Io`]. `out` is then as it was.
 pub fn refit(
     plan: &Plan,
     artifact: &Artifact,
@@ -56,154 +66,419 @@ pub fn refit(
     out: &Path,
     progress: Progress<'_>,
 ) -> Result<RefitReport> {
-    plan.check()?;
-    if plan.artifact != artifact.path() || plan.checkpoint != checkpoint.path() {
-        return Err(Error::new(ErrorKind::Usage, "the plan was made of other files"));
-    }
     refuse_same_file(out, checkpoint.path(), "the checkpoint")?;
-    let archive = artifact.archive();
+    plan.check()?;
+    let job = Job::new(plan, artifact, checkpoint)?;
     let file = AtomicFile::create(out)?;
-    copy_whole(archive.source(), &file).map_err(|error| error.in_file(artifact.path()))?;
-    let mut slots_changed = 0;
-    if !plan.refills.is_empty() {
-        let record = artifact.weights_record()?;
-        let mut rewrite = Rewrite {
-            archive,
-            record,
-            out: file.as_file(),
-            before: crc32fast::Hasher::new(),
-            after: crc32fast::Hasher::new(),
-        };
-        let hashes =
-            rewrite.weights(plan, artifact, checkpoint, progress).map_err(|error| error.in_file(artifact.path()))?;
-        slots_changed = hashes.changed;
-        rewrite.finish().map_err(|error| error.in_file(artifact.path()))?;
-        write_manifest(artifact, file.as_file(), hashes.hashes)?;
+    let kept = if clone_whole(artifact.source(), &file) { Vec::new() } else { job.kept() };
+    let checksums = outermost(&job.checksums);
+    let count = checksums.len() + job.fills.len() + kept.len();
+    let total = job.nbytes() + kept.iter().map(|range| range.end - range.start).sum::<u64>();
+    let work = |number: usize, done: &Progressed<'_>| -> Result<Option<Filled>> {
+        if let Some(checksum) = checksums.get(number) {
+            checksum.check(&**artifact.source()).map_err(|error| error.in_file(artifact.path()))?;
+            return Ok(None);
+        }
+        let number = number - checksums.len();
+        if let Some(fill) = job.fills.get(number) {
+            let mut write = |at: u64, bytes: &[u8], _| file.write_at(bytes, at);
+            return job.fill(fill, &mut write, done).map(Some);
+        }
+        if let Some(Range { start, end }) = kept.get(number - job.fills.len()).cloned() {
+            let mut moved = |nbytes| done.add(nbytes);
+            copy_range(artifact.source(), start, &file, start, end - start, &mut moved)?;
+        }
+        Ok(None)
+    };
+    let filled = parallel::run(count, total, &work, progress)?;
+    let filled: Vec<Filled> = filled.into_iter().flatten().collect();
+    for (at, bytes) in job.patches(&filled)? {
+        file.write_at(&bytes, at)?;
     }
-    if let Some(source) = archive.source().file() {
-        file.keep_mode(source)?;
+    job.finish()?;
+    if let Some(source) = artifact.source().file() {
+        file.keep_attributes(source)?;
     }
     file.commit()?;
-    Ok(report(plan, checkpoint, out, slots_changed))
+    Ok(job.report(out, &filled))
 }
 
-/// The report of a plan that was carried out.
-fn report(plan: &Plan, checkpoint: &Checkpoint, out: &Path, slots_changed: usize) -> RefitReport {
-    let findings = plan.findings.iter().map(Finding::to_string);
-    RefitReport {
-        out: out.to_owned(),
+/// Writes the checkpoint's tensors into the plan's artifact itself: only bytes that differ are touched, and an artifact
+/// that holds these weights already stays as it is, with its time of modification.
+///
+/// What is to be written goes into a journal beside the artifact first, named `.NAME.reweft-journal`. When that is on the
+/// disk, the refit has happened: should the process or the machine die, the next [`Artifact::open`] or
+/// [`Checkpoint::open`] of the file finishes it. Costs what differs twice, and twice waits for the disk. Reads the
+/// tensors and the slots that they go into; of the CRCs only those of the checkpoint are compared, those of the artifact
+/// are brought up to date by what changes, so that damage elsewhere stays visible.
+///
+/// A symbolic link is followed; a file with several names (hard links) is refused. Not for a file that somebody serves from:
+/// the new bytes would show in every mapping of it. Do not move a file away from its journal before it is finished.
+///
+/// # Errors
+/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if the checkpoint is the artifact, or
+/// somebody has it mapped or writes to it; [`ErrorKind::Format`] if it is not the file that was planned with;
+/// read errors and [`ErrorKind::Io`]. The artifact is then as it was, unless the hint says that the rewrite is done or is to
+/// be finished.
+pub fn refit_in_place(
+    plan: &Plan,
+    artifact: &Artifact,
+    checkpoint: &Checkpoint,
+    progress: Progress<'_>,
+) -> Result<RefitReport> {
+    plan.check()?;
+    let job = Job::new(plan, artifact, checkpoint)?;
+    refuse_own_bytes(artifact, checkpoint)?;
+    let locked = Locked::open(artifact.path())?;
+    locked.check_is(artifact.source())?;
+    let journal = Mutex::new(Journal::begin(&locked)?);
+    let work = |number: usize, done: &Progressed<'_>| {
+        let mut write = |at: u64, bytes: &[u8], changed: bool| {
+            let journal = || journal.lock().unwrap_or_else(PoisonError::into_inner);
+            if changed { journal().add(at, bytes) } else { Ok(()) }
+        };
+        job.fill(&job.fills[number], &mut write, done)
+    };
+    let filled = parallel::run(job.fills.len(), job.nbytes(), &work, progress)?;
+    let mut journal = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if !journal.is_empty() {
+        for (at, bytes) in job.patches(&filled)? {
+            journal.add(at, &bytes)?;
+        }
+        job.finish()?;
+        journal.commit()?.apply(&locked)?;
+    }
+    Ok(job.report(artifact.path(), &filled))
+}
+
+/// What a comparison found.
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifyReport {
+    /// The artifact.
+    pub artifact: PathBuf,
+    /// The checkpoint.
+    pub checkpoint: PathBuf,
+    /// Whether every slot holds its key's bytes.
+    pub equal: bool,
+    /// Slots that were compared.
+    pub slots: usize,
+    /// Bytes that were compared.
+    pub nbytes: u64,
+    /// Slots whose bytes differ, and what stood against a comparison.
+    pub differences: Vec<Finding>,
+}
+
+/// Compares every slot with what a refit would put there. Reads all weight bytes of both sides on two or more threads,
+/// and compares the CRCs of the records that they are in, and the hashes that a manifest states.
+///
+/// # Errors
+/// Read errors, and [`ErrorKind::Format`] for a wrong CRC. Differences are in the report.
+pub fn verify(
+    plan: &Plan,
+    artifact: &Artifact,
+    checkpoint: &Checkpoint,
+    progress: Progress<'_>,
+) -> Result<VerifyReport> {
+    let mut differences: Vec<Finding> = plan.blocking().cloned().collect();
+    let mut nbytes = 0;
+    // Without bytes to compare the plan says so.
+    if artifact.absent().is_none() {
+        let job = Job::new(plan, artifact, checkpoint)?;
+        let checksums = outermost(&job.checksums);
+        let work = |number: usize, done: &Progressed<'_>| match checksums.get(number) {
+            Some(checksum) => {
+                checksum.check(&**artifact.source()).map(|()| None).map_err(|error| error.in_file(artifact.path()))
+            }
+            None => job.fill(&job.fills[number - checksums.len()], &mut |_, _, _| Ok(()), done).map(Some),
+        };
+        let found = parallel::run(checksums.len() + job.fills.len(), job.nbytes(), &work, progress)?;
+        for (fill, found) in job.fills.iter().zip(found.iter().flatten()) {
+            differences.extend(fill.differences(found));
+        }
+        job.finish()?;
+        nbytes = job.fills.iter().map(|fill| fill.slot.nbytes).sum();
+    }
+    Ok(VerifyReport {
+        artifact: plan.artifact.clone(),
+        checkpoint: plan.checkpoint.clone(),
+        equal: differences.is_empty(),
         slots: plan.refills.len(),
-        slots_changed,
-        kept: plan.kept.clone(),
-        nbytes: plan.nbytes(),
-        notices: findings.chain(checkpoint.notices().iter().cloned()).collect(),
-    }
+        nbytes,
+        differences,
+    })
 }
 
-/// New hashes by slot number, and how many differ.
-struct Hashes {
-    hashes: Vec<(usize, String)>,
-    changed: usize,
-}
-
-/// Streams one record from the archive to the copy.
-struct Rewrite<'a> {
-    archive: &'a Archive,
-    record: &'a str,
-    out: &'a File,
-    before: crc32fast::Hasher,
-    after: crc32fast::Hasher,
-}
-
-impl Rewrite<'_> {
-    fn weights(
-        &mut self,
-        plan: &Plan,
-        artifact: &Artifact,
-        checkpoint: &Checkpoint,
-        progress: Progress<'_>,
-    ) -> Result<Hashes> {
-        let place = self.archive.place(self.record)?;
-        let mut at = place.data.start;
-        let mut found = Hashes { hashes: Vec::new(), changed: 0 };
-        for refill in &plan.refills {
-            let slot = artifact.slots().get(refill.slot).ok_or_else(|| {
-                Error::new(ErrorKind::Usage, "the plan was made of another artifact").of_key(&refill.name)
-            })?;
-            let start = place.data.start + slot.byte_offset;
-            self.skip(at, start)?;
-            let new = refill.recipe.evaluate(checkpoint, slot.nbytes)?;
-            found.changed += usize::from(self.replace(slot, start, &new)?);
-            found.hashes.push((refill.slot, manifest::hash(&new)));
-            at = start + slot.nbytes;
-            progress(at - place.data.start, place.data.end - place.data.start);
-        }
-        self.skip(at, place.data.end)?;
-        Ok(found)
-    }
-
-    /// Takes bytes into both CRCs that stay as they are.
-    fn skip(&mut self, mut at: u64, end: u64) -> Result<()> {
-        while at < end {
-            let bytes = read_vec(&**self.archive.source(), at, CHUNK_NBYTES.min(end - at))?;
-            self.before.update(&bytes);
-            self.after.update(&bytes);
-            at += bytes.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// Writes a slot's new bytes; gives whether they differ from the old ones.
-    fn replace(&mut self, slot: &Slot, start: u64, new: &[u8]) -> Result<bool> {
-        let old = read_vec(&**self.archive.source(), start, slot.nbytes)?;
-        self.before.update(&old);
-        self.after.update(new);
-        if old == new {
-            return Ok(false);
-        }
-        self.out.write_all_at(new, start).map_err(|error| Error::io("write", error))?;
-        Ok(true)
-    }
-
-    /// Checks the CRC of what was read and writes the CRC of what was written.
-    fn finish(self) -> Result<()> {
-        let (before, after) = (self.before.finalize(), self.after.finalize());
-        self.archive.check_crc(self.record, before)?;
-        if before == after { Ok(()) } else { write_crc(self.archive, self.record, self.out, after) }
-    }
-}
-
-/// Puts a record's CRC where the archive states it: the descriptor or local header, and the central directory.
-fn write_crc(archive: &Archive, record: &str, out: &File, crc: u32) -> Result<()> {
-    let entry = archive.entry(record)?;
-    let Place { descriptor, .. } = archive.place(record)?;
-    // Without a descriptor the CRC is in the local header, 14 bytes in (APPNOTE 4.3.7).
-    let beside = descriptor.map_or(entry.header_offset + 14, |range| range.start + DESCRIPTOR_CRC);
-    for at in [beside, entry.directory_offset + DIRECTORY_CRC] {
-        out.write_all_at(&crc.to_le_bytes(), at).map_err(|error| Error::io("write", error))?;
+/// The checkpoint must not be read from the file that is rewritten.
+fn refuse_own_bytes(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> {
+    let identity = |file: &File| file.metadata().ok().map(|found| (found.dev(), found.ino()));
+    let own = artifact.source().file().and_then(identity);
+    if own.is_some() && checkpoint.files().any(|file| identity(file) == own) {
+        let what = "the checkpoint lies in the artifact itself";
+        return Err(Error::new(ErrorKind::Usage, what).in_file(artifact.path()).with_hint("write a copy with -o"));
     }
     Ok(())
 }
 
-/// Writes the new hashes into the copy's manifest, which keeps its size because every hash has the same length.
-fn write_manifest(artifact: &Artifact, out: &File, hashes: Vec<(usize, String)>) -> Result<()> {
-    let Some(mut manifest) = artifact.manifest().cloned() else { return Ok(()) };
-    let before = manifest.to_json()?;
-    for (number, hash) in hashes {
-        if let Some(slot) = manifest.slots_mut().get_mut(number) {
-            slot.hash = hash;
+/// Takes a piece of a slot's new bytes, its place in the file, and whether it differs from what is there.
+type Write<'a> = &'a mut dyn FnMut(u64, &[u8], bool) -> Result<()>;
+
+/// A slot that gets new bytes.
+struct Fill<'a> {
+    refill: &'a Refill,
+    slot: &'a Slot,
+    /// Where its bytes stand in the file; weights can be in a package twice.
+    places: Vec<u64>,
+}
+
+impl Fill<'_> {
+    /// What stands against calling a slot filled.
+    fn differences(&self, found: &Filled) -> Vec<Finding> {
+        let differ: u64 = found.changes.iter().map(|change| change.differ).sum();
+        if differ > 0 {
+            let nbytes = self.slot.nbytes * self.places.len() as u64;
+            return vec![Finding::value(self.slot, format!("{differ} of {nbytes} bytes differ from the checkpoint"))];
+        }
+        // The slot's bytes are the checkpoint's, whose hash is known.
+        let lies = self.slot.hash.is_some() && self.slot.hash != found.hash;
+        let what = "its bytes are not those that the manifest states";
+        lies.then(|| Finding::value(self.slot, what)).into_iter().collect()
+    }
+}
+
+/// What became of a slot.
+struct Filled {
+    /// Number of the slot.
+    slot: usize,
+    changed: bool,
+    /// BLAKE3 of the new bytes, if the manifest wants it.
+    hash: Option<String>,
+    changes: Vec<Change>,
+}
+
+/// Bytes that became others, with the CRCs of both.
+#[derive(Clone)]
+struct Change {
+    range: Range<u64>,
+    before: u32,
+    after: u32,
+    /// How many differ.
+    differ: u64,
+}
+
+impl Change {
+    fn of(at: u64, before: &[u8], after: &[u8]) -> Self {
+        let (range, differ) = (at..at + after.len() as u64, differ(before, after));
+        Self { range, before: crc32fast::hash(before), after: crc32fast::hash(after), differ }
+    }
+}
+
+fn differ(before: &[u8], after: &[u8]) -> u64 {
+    before.iter().zip(after).filter(|(left, right)| left != right).count() as u64
+}
+
+/// A plan and the files that it is of.
+struct Job<'a> {
+    plan: &'a Plan,
+    artifact: &'a Artifact,
+    checkpoint: &'a Checkpoint,
+    fills: Vec<Fill<'a>>,
+    checksums: Vec<Checksum>,
+    watch: [Watch<'a>; 2],
+}
+
+impl<'a> Job<'a> {
+    fn new(plan: &'a Plan, artifact: &'a Artifact, checkpoint: &'a Checkpoint) -> Result<Self> {
+        if plan.artifact != artifact.path() || plan.checkpoint != checkpoint.path() {
+            return Err(Error::new(ErrorKind::Usage, "the plan was made of other files"));
+        }
+        let fills = plan.refills.iter().map(|refill| {
+            let slot = artifact.slots().get(refill.slot).ok_or_else(|| {
+                Error::new(ErrorKind::Usage, "the plan was made of another artifact").of_key(&refill.name)
+            })?;
+            Ok(Fill { refill, slot, places: artifact.places(slot)? })
+        });
+        let fills: Vec<_> = fills.collect::<Result<_>>()?;
+        let checksums = artifact.checksums(fills.iter().map(|fill| fill.slot))?;
+        let watch = [
+            Watch::new(artifact.path(), artifact.source().file().into_iter())?,
+            Watch::new(checkpoint.path(), checkpoint.files())?,
+        ];
+        Ok(Self { plan, artifact, checkpoint, fills, checksums, watch })
+    }
+
+    /// Bytes that are written into slots.
+    fn nbytes(&self) -> u64 {
+        self.fills.iter().map(|fill| fill.slot.nbytes * fill.places.len() as u64).sum()
+    }
+
+    /// The ranges of the file that no slot is written to, in pieces.
+    fn kept(&self) -> Vec<Range<u64>> {
+        let place = |fill: &Fill<'_>, at: &u64| *at..*at + fill.slot.nbytes;
+        let filled = self.fills.iter().flat_map(|fill| fill.places.iter().map(move |at| place(fill, at)));
+        let mut filled: Vec<Range<u64>> = filled.filter(|range| !range.is_empty()).collect();
+        filled.sort_unstable_by_key(|range| range.start);
+        let length = self.artifact.source().len();
+        filled.push(length..length);
+        let (mut kept, mut at) = (Vec::new(), 0);
+        for range in filled {
+            while at < range.start {
+                let end = range.start.min(at + PIECE_NBYTES);
+                kept.push(at..end);
+                at = end;
+            }
+            at = at.max(range.end);
+        }
+        kept
+    }
+
+    /// Makes a slot's bytes, compares them with those that are there, and hands over each piece with its place and
+    /// whether it differs.
+    fn fill(&self, fill: &Fill<'_>, write: Write<'_>, done: &Progressed<'_>) -> Result<Filled> {
+        let mut hasher = self.artifact.manifest().map(|_| blake3::Hasher::new());
+        let mut filled = Filled { slot: fill.refill.slot, changed: false, hash: None, changes: Vec::new() };
+        let mut first = 0;
+        let mut take = |bytes: &[u8]| {
+            if let Some(hasher) = &mut hasher {
+                hasher.update(bytes);
+            }
+            for place in &fill.places {
+                let at = place + first;
+                let change = self.compare(at, bytes)?;
+                write(at, bytes, change.is_some())?;
+                filled.changed |= change.is_some();
+                filled.changes.extend(change);
+                done.add(bytes.len() as u64)?;
+            }
+            first += bytes.len() as u64;
+            Ok(())
+        };
+        self.make(fill, &mut take)?;
+        filled.hash = hasher.map(|hasher| manifest::hex(hasher.finalize()));
+        Ok(filled)
+    }
+
+    /// Hands over a slot's new bytes in pieces, in order.
+    fn make(&self, fill: &Fill<'_>, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (refill, slot, checkpoint) = (fill.refill, fill.slot, self.checkpoint);
+        let Some(key) = refill.recipe.plain_key() else {
+            return take(&refill.recipe.evaluate(checkpoint, slot.nbytes)?);
+        };
+        let in_place = |error: Error| error.of_key(key).in_file(checkpoint.path());
+        let info = checkpoint.get(key)?;
+        let storage = checkpoint.storage_of(info).map_err(in_place)?;
+        // Slabs come in row-major order.
+        if !info.is_contiguous() || !same_layout(&info.shape, &info.strides, &slot.strides) {
+            return take(&refill.recipe.evaluate(checkpoint, slot.nbytes)?);
+        }
+        let mut bytes = Vec::new();
+        for slab in Slabs::of(info, storage).map_err(in_place)? {
+            bytes.resize(to_usize(slab.nbytes())?, 0);
+            checkpoint.read_view(&slab, &mut bytes).map_err(in_place)?;
+            take(&bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Compares bytes with those at a place of the artifact; `None` if they are the same.
+    fn compare(&self, at: u64, new: &[u8]) -> Result<Option<Change>> {
+        let mut old = vec![0; CHUNK_NBYTES.min(new.len())];
+        let (mut before, mut count, mut from) = (crc32fast::Hasher::new(), 0, at);
+        for chunk in new.chunks(CHUNK_NBYTES) {
+            let old = &mut old[..chunk.len()];
+            self.artifact.source().read_exact_at(from, old).map_err(|error| error.in_file(self.artifact.path()))?;
+            before.update(old);
+            count += if old == chunk { 0 } else { differ(old, chunk) };
+            from += chunk.len() as u64;
+        }
+        let (range, before) = (at..from, before.finalize());
+        Ok((count > 0).then(|| Change { range, before, after: crc32fast::hash(new), differ: count }))
+    }
+
+    /// What is to be written beside the slots: the manifest with new hashes, then each CRC, from the innermost record to
+    /// the outermost, because the CRC of a record in a record is part of what the outer one covers.
+    fn patches(&self, filled: &[Filled]) -> Result<Vec<(u64, Vec<u8>)>> {
+        let (mut patches, mut changes) = (Vec::new(), Vec::new());
+        let mut checksums = self.checksums.clone();
+        if let Some((change, bytes)) = self.new_manifest(filled)? {
+            checksums.extend(self.manifest_checksum()?);
+            patches.push((change.range.start, bytes));
+            changes.push(change);
+        }
+        for mut checksum in checksums {
+            let stated = checksum.stated;
+            for change in filled.iter().flat_map(|filled| &filled.changes).chain(&changes) {
+                checksum.change(&change.range, change.before, change.after);
+            }
+            if checksum.stated == stated {
+                continue;
+            }
+            for at in &checksum.at {
+                let (before, after) = (stated.to_le_bytes(), checksum.stated.to_le_bytes());
+                changes.push(Change::of(*at, &before, &after));
+                patches.push((*at, after.to_vec()));
+            }
+        }
+        Ok(patches)
+    }
+
+    /// The manifest with the new hashes, as the bytes that it changes and what they become. It keeps its length because
+    /// every hash is as long.
+    fn new_manifest(&self, filled: &[Filled]) -> Result<Option<(Change, Vec<u8>)>> {
+        let Some(mut manifest) = self.artifact.manifest().cloned() else { return Ok(None) };
+        let before = manifest.to_json()?;
+        for filled in filled {
+            if let (Some(slot), Some(hash)) = (manifest.slots_mut().get_mut(filled.slot), &filled.hash) {
+                slot.hash.clone_from(hash);
+            }
+        }
+        let after = manifest.to_json()?;
+        if before == after {
+            return Ok(None);
+        }
+        let Some((archive, record)) = self.manifest_record() else { return Ok(None) };
+        let place = archive.place(&record).map_err(|error| error.in_file(self.artifact.path()))?.data;
+        let present = source::read_vec(&**self.artifact.source(), place.start, place.end - place.start)?;
+        if present != before || after.len() != before.len() {
+            let what = "the manifest was written by another version, and would change its size";
+            return Err(Error::new(ErrorKind::Unsupported, what).in_record(record).in_file(self.artifact.path()));
+        }
+        Ok(Some((Change::of(place.start, &before, &after), after)))
+    }
+
+    fn manifest_record(&self) -> Option<(&crate::container::zip::Archive, String)> {
+        let program = self.artifact.program()?;
+        Some((program.archive()?, manifest::record_name(program.models().first()?)))
+    }
+
+    fn manifest_checksum(&self) -> Result<Option<Checksum>> {
+        let Some((archive, record)) = self.manifest_record() else { return Ok(None) };
+        Checksum::of_record(archive, &record, 0)
+    }
+
+    /// Neither file may have changed meanwhile.
+    fn finish(&self) -> Result<()> {
+        self.watch.iter().try_for_each(Watch::check)
+    }
+
+    /// The report of a plan that was carried out.
+    fn report(&self, out: &Path, filled: &[Filled]) -> RefitReport {
+        let findings = self.plan.findings.iter().map(Finding::to_string);
+        RefitReport {
+            out: out.to_owned(),
+            slots: self.plan.refills.len(),
+            slots_changed: filled.iter().filter(|filled| filled.changed).count(),
+            kept: self.plan.kept.clone(),
+            nbytes: self.plan.nbytes(),
+            notices: findings.chain(self.checkpoint.notices().iter().cloned()).collect(),
         }
     }
-    let after = manifest.to_json()?;
-    if before == after {
-        return Ok(());
-    }
-    let record = manifest::record_name(artifact.records());
-    let place = artifact.archive().place(&record)?;
-    if after.len() as u64 != place.data.end - place.data.start {
-        let what = format!("manifest would take {} bytes; it was written by another version", after.len());
-        return Err(Error::new(ErrorKind::Unsupported, what).in_record(record).in_file(artifact.path()));
-    }
-    out.write_all_at(&after, place.data.start).map_err(|error| Error::io("write", error))?;
-    write_crc(artifact.archive(), &record, out, crc32fast::hash(&after))
+}
+
+/// The checksums that no other one covers.
+fn outermost(checksums: &[Checksum]) -> Vec<&Checksum> {
+    let within = |inner: &Range<u64>, outer: &Range<u64>| outer.start <= inner.start && inner.end <= outer.end;
+    let is_covered = |checksum: &Checksum| {
+        checksums.iter().any(|other| other.covers != checksum.covers && within(&checksum.covers, &other.covers))
+    };
+    checksums.iter().filter(|checksum| !is_covered(checksum)).collect()
 }

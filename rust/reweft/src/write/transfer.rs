@@ -12,12 +12,12 @@
 mod batch;
 mod stream;
 
-use std::fs::{File, Metadata};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 
 use super::copy::copy_range;
+use super::watch::Watch;
 use super::{AtomicFile, Progress};
 use crate::checkpoint::{Checkpoint, Storage};
 use crate::container::zip::NewRecord;
@@ -46,7 +46,7 @@ pub(super) struct Piece<'a> {
 pub(super) struct Transfers<'a> {
     checkpoint: &'a Checkpoint,
     /// The source files as they were.
-    before: Vec<Metadata>,
+    watch: Watch<'a>,
     /// By storage number: each record is checked once, whatever is taken of it, and by however many files.
     checked: Vec<bool>,
     /// Bytes written, of how many.
@@ -61,7 +61,8 @@ impl<'a> Transfers<'a> {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn new(checkpoint: &'a Checkpoint, nbytes: u64, progress: Progress<'a>) -> Result<Self> {
         let checked = vec![false; checkpoint.storages().len()];
-        Ok(Self { checkpoint, before: stats(checkpoint)?, checked, done: (0, nbytes), progress })
+        let watch = Watch::new(checkpoint.path(), checkpoint.files())?;
+        Ok(Self { checkpoint, watch, checked, done: (0, nbytes), progress })
     }
 
     /// Writes all pieces to `out` and checks every CRC of what it reads. Gives the CRC-32 of each piece that is a record,
@@ -81,24 +82,13 @@ impl<'a> Transfers<'a> {
         Ok(job.crcs.into_iter().map(AtomicU32::into_inner).collect())
     }
 
-    /// Ends all transfers. A source that somebody writes to could have been checked before, and copied after, the change.
+    /// Ends all transfers.
     ///
     /// # Errors
     /// [`ErrorKind::Format`](crate::ErrorKind::Format) for a source that changed meanwhile.
     pub fn finish(self) -> Result<()> {
-        for (before, after) in self.before.iter().zip(stats(self.checkpoint)?) {
-            if after.len() != before.len() || after.modified().ok() != before.modified().ok() {
-                let what = "the file was changed while it was read";
-                return Err(Error::format(what).in_file(self.checkpoint.path()));
-            }
-        }
-        Ok(())
+        self.watch.check()
     }
-}
-
-fn stats(checkpoint: &Checkpoint) -> Result<Vec<Metadata>> {
-    let stats = checkpoint.files().map(File::metadata).collect::<std::io::Result<_>>();
-    stats.map_err(|error| Error::io("stat", error).in_file(checkpoint.path()))
 }
 
 /// What is to be done, by kind.

@@ -1,0 +1,95 @@
+//! CRCs that a file states over ranges of its bytes, and what they become when bytes change.
+
+use std::ops::Range;
+
+use crate::container::zip::{Archive, Place};
+use crate::error::{Error, Result};
+use crate::source::{self, ReadAt};
+
+/// Where the CRC is in a data descriptor with a signature, in a local header and in a central directory header (APPNOTE
+/// 4.3.9, 4.3.7, 4.3.12).
+const DESCRIPTOR_CRC: u64 = 4;
+const LOCAL_CRC: u64 = 14;
+const DIRECTORY_CRC: u64 = 16;
+
+/// The CRC-32 of one record, as an archive states it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checksum {
+    /// Name of the record.
+    pub record: String,
+    /// The bytes that it is of, in the file.
+    pub covers: Range<u64>,
+    /// The CRC.
+    pub stated: u32,
+    /// The places in the file where it stands, as 4 bytes, little-endian.
+    pub at: Vec<u64>,
+}
+
+impl Checksum {
+    /// The CRC of a record of an archive that begins at `base` in the file; `None` if the writer left it out.
+    ///
+    /// # Errors
+    /// As [`Archive::place`].
+    pub(crate) fn of_record(archive: &Archive, record: &str, base: u64) -> Result<Option<Self>> {
+        let entry = archive.entry(record)?;
+        if entry.crc_is_absent() {
+            return Ok(None);
+        }
+        let Place { data, descriptor } = archive.place(record)?;
+        let beside = match descriptor {
+            // Descriptors of 12 and 20 bytes have no signature.
+            Some(range) if matches!(range.end - range.start, 16 | 24) => range.start + DESCRIPTOR_CRC,
+            Some(range) => range.start,
+            None => entry.header_offset + LOCAL_CRC,
+        };
+        let at = [beside, entry.directory_offset + DIRECTORY_CRC].map(|at| base + at).to_vec();
+        Ok(Some(Self { record: record.to_owned(), covers: base + data.start..base + data.end, stated: entry.crc, at }))
+    }
+
+    /// Compares it with the bytes. Reads all of them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) for another CRC; read errors.
+    pub fn check(&self, file: &dyn ReadAt) -> Result<()> {
+        let found = source::crc(file, self.covers.start, self.covers.end - self.covers.start)?;
+        if found == self.stated {
+            return Ok(());
+        }
+        let what = format!("CRC of the bytes is {found:08x}, the archive says {:08x}", self.stated);
+        Err(Error::format(what).in_record(&self.record).at(self.covers.start))
+    }
+
+    /// What it is to be when the bytes of `range` change: `before` and `after` are the CRCs of those bytes alone.
+    ///
+    /// A CRC is linear: a change anywhere adds the CRC of the difference, shifted by the bytes behind it. So only what
+    /// changes is read, and a record that was damaged elsewhere keeps a CRC that says so.
+    pub(crate) fn change(&mut self, range: &Range<u64>, before: u32, after: u32) {
+        if self.covers.start <= range.start && range.end <= self.covers.end {
+            let behind = self.covers.end - range.end;
+            let mut shifted = crc32fast::Hasher::new_with_initial_len(before ^ after, 0);
+            shifted.combine(&crc32fast::Hasher::new_with_initial_len(0, behind));
+            self.stated ^= shifted.finalize();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_gives_the_crc_of_the_new_bytes() {
+        let mut bytes: Vec<u8> = (0..=255).cycle().take(1000).collect();
+        let mut checksum =
+            Checksum { record: "x".into(), covers: 100..1000, stated: crc32fast::hash(&bytes[100..]), at: Vec::new() };
+        for (start, end) in [(100, 101), (999, 1000), (100, 1000), (400, 777), (5, 50)] {
+            let before = crc32fast::hash(&bytes[start..end]);
+            bytes[start..end].iter_mut().for_each(|byte| *byte = byte.wrapping_mul(7).wrapping_add(3));
+            checksum.change(&(start as u64..end as u64), before, crc32fast::hash(&bytes[start..end]));
+            assert_eq!(checksum.stated, crc32fast::hash(&bytes[100..]), "{start}..{end}");
+            checksum.check(&bytes).unwrap();
+        }
+        bytes[500] ^= 1;
+        assert!(checksum.check(&bytes).is_err());
+    }
+}

@@ -1,0 +1,323 @@
+//! In-place rewrites: what is to be written goes into a journal beside the file first.
+//!
+//! The journal holds new bytes (redo), because then one rule says it all: a journal under its own name is complete, was on
+//! the disk before the file was touched, and makes the file the new one, however often it is applied. Without it the file
+//! is the old one.
+//!
+//! ```text
+//! magic, inode, length of the file
+//! place, length, bytes      for each range; a place of all ones and the number of ranges end the list
+//! BLAKE3 of the file's end  with the ranges as zeros: directory and names, which do not change
+//! BLAKE3 of all before
+//! ```
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use tempfile::NamedTempFile;
+
+use super::atomic::{folder, sync_folder, temporary};
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::Source;
+
+const MAGIC: [u8; 16] = *b"reweft-journal\n\x01";
+/// Ends the list of ranges.
+const END: u64 = u64::MAX;
+/// Bytes at the end of the file that tell whose journal it is.
+const TAIL_NBYTES: u64 = 64 << 10;
+/// Bytes that pass through memory at a time.
+const CHUNK_NBYTES: usize = 1 << 20;
+const HASH_NBYTES: u64 = 32;
+
+/// A file that nobody else writes to or has mapped, as far as they lock it as we do.
+#[derive(Debug)]
+pub(super) struct Locked {
+    file: File,
+    /// The file itself, where the caller's path was a symbolic link.
+    path: PathBuf,
+}
+
+impl Locked {
+    /// Opens and locks a file for writing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if another process holds a lock, [`ErrorKind::Io`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |doing: &str, error| Error::io(doing, error).in_file(path);
+        let real = path.canonicalize().map_err(|error| failed("open", error))?;
+        let file =
+            File::options().read(true).write(true).open(&real).map_err(|error| failed("open for writing", error))?;
+        let found = file.metadata().map_err(|error| failed("stat", error))?;
+        if found.nlink() > 1 {
+            // The journal goes by the name, and whoever opens the file under another one would not find it.
+            let what = format!("the file has {} names (hard links), and would change under all of them", found.nlink());
+            let error = Error::new(ErrorKind::Usage, what).in_file(path);
+            return Err(error.with_hint("write a copy: -o with the same name leaves the other names the old file"));
+        }
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { file, path: real }),
+            Err(Errno::WOULDBLOCK) => {
+                let error = Error::new(ErrorKind::Usage, "a process has the file mapped, or rewrites it").in_file(path);
+                Err(error.with_hint(
+                    "write a copy: -o with the same name replaces the file and leaves its readers the old one",
+                ))
+            }
+            Err(error) => Err(failed("flock", error.into())),
+        }
+    }
+
+    /// Refuses a file that is not the one that was read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] if it was replaced or changed since.
+    pub fn check_is(&self, source: &Source) -> Result<()> {
+        let stat = |file: &File| file.metadata().map_err(|error| Error::io("stat", error).in_file(&self.path));
+        let Some(file) = source.file() else {
+            return Err(Error::new(ErrorKind::Usage, "only a file can be rewritten in place").in_file(&self.path));
+        };
+        let (found, read) = (stat(&self.file)?, stat(file)?);
+        if (found.dev(), found.ino(), found.len()) == (read.dev(), read.ino(), source.len()) {
+            return Ok(());
+        }
+        Err(Error::format("the file was replaced after it was opened").in_file(&self.path))
+    }
+
+    fn inode(&self) -> Result<(u64, u64)> {
+        let found = self.file.metadata().map_err(|error| Error::io("stat", error).in_file(&self.path))?;
+        Ok((found.ino(), found.len()))
+    }
+
+    /// Hash of the end of the file, with ranges that are rewritten as zeros.
+    fn tail_hash(&self, ranges: &[Range<u64>]) -> Result<[u8; 32]> {
+        let (_, length) = self.inode()?;
+        let start = length.saturating_sub(TAIL_NBYTES);
+        let mut tail = vec![0; usize::try_from(length - start).unwrap_or(0)];
+        self.file.read_exact_at(&mut tail, start).map_err(|error| Error::io("read", error).in_file(&self.path))?;
+        for range in ranges {
+            let place = |at: u64| usize::try_from(at.saturating_sub(start)).unwrap_or(usize::MAX).min(tail.len());
+            let (first, end) = (place(range.start), place(range.end));
+            tail[first..end].fill(0);
+        }
+        Ok(*blake3::hash(&tail).as_bytes())
+    }
+}
+
+/// Where the journal of a file is, named after it.
+fn journal_path(file: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(file.file_name().unwrap_or_default());
+    name.push(".reweft-journal");
+    file.with_file_name(name)
+}
+
+/// A journal that is being written, under a temporary name.
+pub(super) struct Journal<'a> {
+    locked: &'a Locked,
+    out: BufWriter<Hashed<NamedTempFile>>,
+    ranges: Vec<Range<u64>>,
+}
+
+impl<'a> Journal<'a> {
+    /// Begins a journal of a locked file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn begin(locked: &'a Locked) -> Result<Self> {
+        let file = temporary(&locked.path)?;
+        let out = BufWriter::with_capacity(CHUNK_NBYTES, Hashed { inner: file, hasher: blake3::Hasher::new() });
+        let mut journal = Self { locked, out, ranges: Vec::new() };
+        let (inode, length) = locked.inode()?;
+        journal.put(&MAGIC)?;
+        journal.put(&inode.to_le_bytes())?;
+        journal.put(&length.to_le_bytes())?;
+        Ok(journal)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|error| Error::io("write the journal", error).in_file(&self.locked.path))
+    }
+
+    /// Whether nothing is to be written.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// Adds bytes and their place in the file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn add(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.ranges.push(at..at + bytes.len() as u64);
+        self.put(&at.to_le_bytes())?;
+        self.put(&(bytes.len() as u64).to_le_bytes())?;
+        self.put(bytes)
+    }
+
+    /// Gives the journal its name; from then on the file counts as rewritten.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; there is no journal then.
+    pub fn commit(mut self) -> Result<Committed> {
+        let tail = self.locked.tail_hash(&self.ranges)?;
+        let count = self.ranges.len() as u64;
+        self.put(&END.to_le_bytes())?;
+        self.put(&count.to_le_bytes())?;
+        self.put(&tail)?;
+        let path = journal_path(&self.locked.path);
+        let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.locked.path);
+        let Hashed { mut inner, hasher } =
+            self.out.into_inner().map_err(|error| failed("write the journal", error.into_error()))?;
+        inner.write_all(hasher.finalize().as_bytes()).map_err(|error| failed("write the journal", error))?;
+        inner.as_file().sync_all().map_err(|error| failed("fsync the journal", error))?;
+        // Another process could have left one here only while it held the lock.
+        inner.persist(&path).map_err(|error| failed("rename the journal", error.error))?;
+        if let Err(error) = sync_folder(&path) {
+            // It may not be on the disk, and the file is untouched: take it back, and say so to the disk if it listens.
+            let _ = fs::remove_file(&path).and_then(|()| File::open(folder(&path))?.sync_all());
+            return Err(error.in_file(&self.locked.path));
+        }
+        Ok(Committed { path })
+    }
+}
+
+/// A journal that is complete and on the disk.
+pub(super) struct Committed {
+    path: PathBuf,
+}
+
+impl Committed {
+    /// Writes what it says, waits for the disk, and removes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; the journal stays, and whoever opens the file next goes on.
+    pub fn apply(self, locked: &Locked) -> Result<()> {
+        let unfinished =
+            |error: Error| error.with_hint("the rewrite is finished when the file is opened the next time");
+        let failed = |doing: &str, error| unfinished(Error::io(doing, error).in_file(&locked.path));
+        let journal = File::open(&self.path).map_err(|error| failed("open the journal", error))?;
+        let mut write = |at: u64, bytes: &[u8]| {
+            locked.file.write_all_at(bytes, at).map_err(|error| Error::io("write", error).in_file(&locked.path))
+        };
+        read_ranges(journal, &mut write).map_err(unfinished)?;
+        locked.file.sync_data().map_err(|error| failed("fdatasync", error))?;
+        fs::remove_file(&self.path).map_err(|error| failed("remove the journal", error))?;
+        let hint =
+            "the file is rewritten and on the disk; after a power cut it may be rewritten once more, to the same";
+        sync_folder(&locked.path).map_err(|error| error.with_hint(hint))
+    }
+
+    /// Compares hash and file.
+    fn check(&self, locked: &Locked) -> Result<()> {
+        let refused = |what: &str, hint: &str| {
+            let what = format!("an in-place rewrite was cut short, and its journal {what}");
+            let hint = format!("{hint} {}", self.path.display());
+            Error::format(what).in_file(&locked.path).with_hint(hint)
+        };
+        let damaged = |what: &str| refused(what, "restore the file; then remove");
+        let failed = |error| Error::io("read the journal", error).in_file(&self.path);
+        let file = File::open(&self.path).map_err(failed)?;
+        let nbytes = file.metadata().map_err(failed)?.len();
+        let covered = nbytes.checked_sub(HASH_NBYTES).ok_or_else(|| damaged("is too short"))?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader((&file).take(covered)).map_err(failed)?;
+        let mut ends = [0; 64];
+        let tail_at = covered.checked_sub(HASH_NBYTES).ok_or_else(|| damaged("is too short"))?;
+        file.read_exact_at(&mut ends, tail_at).map_err(failed)?;
+        let (tail, hash) = ends.split_at(32);
+        if hasher.finalize().as_bytes() != hash {
+            return Err(damaged("is damaged"));
+        }
+        let mut ranges = Vec::new();
+        let journal = File::open(&self.path).map_err(failed)?;
+        let (inode, length) = read_ranges(journal, &mut |at, bytes| {
+            ranges.push(at..at.saturating_add(bytes.len() as u64));
+            Ok(())
+        })?;
+        let fits = ranges.iter().all(|range| range.end <= length);
+        if (inode, length) != locked.inode()? || !fits || locked.tail_hash(&ranges)? != tail {
+            let hint = "if this file is the one that you want, remove";
+            return Err(refused("is of another file that had this name", hint));
+        }
+        Ok(())
+    }
+}
+
+/// Hands over each range of a journal, long ones in pieces; gives the inode and length of the file that it is of.
+fn read_ranges(journal: File, take: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<(u64, u64)> {
+    let failed = |error| Error::io("read the journal", error);
+    let mut journal = BufReader::with_capacity(CHUNK_NBYTES, journal);
+    let mut number = || -> Result<u64> {
+        let mut bytes = [0; 8];
+        journal.read_exact(&mut bytes).map_err(failed)?;
+        Ok(u64::from_le_bytes(bytes))
+    };
+    let magic = [number()?, number()?].map(u64::to_le_bytes);
+    if magic.as_flattened() != MAGIC {
+        return Err(Error::new(ErrorKind::Unsupported, "the journal of an in-place rewrite is of another version"));
+    }
+    let (inode, length) = (number()?, number()?);
+    let mut buffer = vec![0; CHUNK_NBYTES];
+    loop {
+        let mut head = [0; 16];
+        journal.read_exact(&mut head).map_err(failed)?;
+        let (at, nbytes) = head.split_at(8);
+        let value = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+        let (mut at, mut left) = (value(at), value(nbytes));
+        if at == END {
+            return Ok((inode, length));
+        }
+        while left > 0 {
+            let chunk = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_NBYTES);
+            journal.read_exact(&mut buffer[..chunk]).map_err(failed)?;
+            take(at, &buffer[..chunk])?;
+            at = at.saturating_add(chunk as u64);
+            left -= chunk as u64;
+        }
+    }
+}
+
+/// Finishes an in-place rewrite of a file that was cut short, if there was one. Costs a look for the journal.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] while another process rewrites the file, [`ErrorKind::Format`] for a journal that is damaged or of
+/// another file, [`ErrorKind::Io`].
+pub fn recover(path: &Path) -> Result<()> {
+    // What is not there has no journal; whoever opens it says so.
+    let Ok(real) = path.canonicalize() else { return Ok(()) };
+    let journal = journal_path(&real);
+    if !journal.exists() {
+        return Ok(());
+    }
+    let locked = Locked::open(&real)?;
+    // The process that held the lock before may have finished.
+    if !journal.exists() {
+        return Ok(());
+    }
+    let committed = Committed { path: journal };
+    committed.check(&locked)?;
+    committed.apply(&locked)
+}
+
+/// Hashes what is written.
+struct Hashed<W> {
+    inner: W,
+    hasher: blake3::Hasher,
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}

@@ -330,7 +330,7 @@ class TestTorchScript:
             return {name: archive.read(name) for name in archive.namelist() if "/data/" not in name}
 
     def load_mobile(self, path: Path) -> Any:
-        with pytest.warns(DeprecationWarning, match="Lite Interpreter"):
+        with pytest.warns(FutureWarning, match="Lite Interpreter"):
             return torch.jit.mobile._load_for_lite_interpreter(str(path))
 
     def test_frozen_module_is_refused_and_says_why(self, tmp_path: Path) -> None:

@@ -82,3 +82,11 @@ def subject(request: pytest.FixtureRequest, files: Callable[[str], Files], modes
     if mode not in modes:
         pytest.skip(f"refit has no mode {mode!r} yet")
     return Subject(files(kind), modes[mode])
+
+
+@pytest.fixture(params=KINDS)
+def in_place(request: pytest.FixtureRequest, files: Callable[[str], Files], modes: dict[str, Mode]) -> Subject:
+    """Every kind, in place."""
+    if "in place" not in modes:
+        pytest.skip("refit has no mode 'in place' yet")
+    return Subject(files(request.param), modes["in place"])

@@ -7,7 +7,10 @@ import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,10 +121,19 @@ class Trial:
         """What the target holds before the rewrite."""
         return self.subject.files.old if self.target == self.artifact else self.subject.files.other
 
-    def refit_line(self) -> list[str]:
-        paths = {"artifact": self.artifact, "out": self.target}
-        options = [option.format(**paths) for option in self.subject.mode.options]
-        return [str(self.subject.files.command), "refit", str(self.artifact), str(self.checkpoint), *options]
+    @property
+    def other_checkpoint(self) -> Path:
+        """Not there unless a test writes it."""
+        return self.folder / "other.pt"
+
+    def refit_line(
+        self, *, artifact: Path | None = None, checkpoint: Path | None = None, out: Path | None = None
+    ) -> list[str]:
+        """The command that rewrites; files are those of the trial unless said otherwise."""
+        artifact, out = artifact or self.artifact, out or self.target
+        options = [option.format(artifact=artifact, out=out) for option in self.subject.mode.options]
+        checkpoint = checkpoint or self.checkpoint
+        return [str(self.subject.files.command), "refit", str(artifact), str(checkpoint), *options]
 
     def inspect_line(self, path: Path | None = None) -> list[str]:
         return [str(self.subject.files.command), "inspect", str(path or self.artifact)]
@@ -164,8 +176,8 @@ class Trial:
 
     def strays(self) -> set[str]:
         """Names in the folder that were not there before the rewrite."""
-        known = {self.artifact.name, self.checkpoint.name, self.target.name, self.journal.name}
-        return {path.name for path in self.folder.iterdir()} - known
+        known = {self.artifact, self.checkpoint, self.other_checkpoint, self.target, self.journal}
+        return {path.name for path in self.folder.iterdir()} - {path.name for path in known}
 
     def temporary(self) -> set[str]:
         """Names of temporary files that a command left behind."""
@@ -230,3 +242,16 @@ def each(what: str, items: Iterable[ItemT], do: Callable[[int, ItemT], ResultT])
     if errors:
         raise BaseExceptionGroup(f"{len(errors)} of {len(listed)} {what}", errors)
     return [job.result() for job in jobs]
+
+
+@cache
+def no_strace() -> str | None:
+    """Why system calls cannot be met here."""
+    try:
+        code, stderr = run(["strace", "-o", "/dev/null", "true"])
+    except FileNotFoundError:
+        return "strace is not installed"
+    return None if code == 0 else f"strace does not work here: {stderr}"
+
+
+needs_strace = pytest.mark.skipif(no_strace() is not None, reason=no_strace() or "")

@@ -9,13 +9,17 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .harness import no_strace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 # linux: fs/ext4/ext4.h.
 EXT4_IOC_SHUTDOWN = 0x8004587D
@@ -31,14 +35,21 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 def missing() -> str | None:
     """Why there can be no disks here."""
-    if not can_mount():
-        return "mounting needs root"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"{', '.join(absent)}: not installed" if absent else None
+    return f"{', '.join(absent)}: not installed" if absent else no_mounts() or no_strace()
 
 
-def can_mount() -> bool:
-    return os.geteuid() == 0
+@cache
+def no_mounts() -> str | None:
+    """Why nothing can be mounted here; containers may forbid it to root as well."""
+    if os.geteuid() != 0:
+        return "mounting needs root"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with tmpfs(Path(folder) / "x", 1 << 20):
+                return None
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"nothing can be mounted: {error}"
 
 
 def command(*line: object) -> str:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .harness import CHANGES, SYNCS, Call, Done, Subject, Trial, each, run, unique
-from .power import can_mount, tmpfs
+from .harness import CHANGES, SYNCS, Call, Done, Subject, Trial, each, needs_strace, run, unique
+from .power import no_mounts, tmpfs
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 ERRORS = ["ENOSPC", "EIO"]
 FALLIBLE = CHANGES | {"ioctl", "flock"}
@@ -126,7 +124,7 @@ def test_ended_by_the_signal_of_the_limit(subject: Subject, tmp_path: Path) -> N
     each("killed at the limit of its files", limits(subject.trial(tmp_path / "first")), limited)
 
 
-@pytest.mark.skipif(not can_mount(), reason="mounting needs root")
+@pytest.mark.skipif(no_mounts() is not None, reason=no_mounts() or "")
 def test_full_disk(subject: Subject, tmp_path: Path) -> None:
     """A tmpfs with fewer pages than the rewrite needs, from none to enough."""
     kept = len(subject.trial(tmp_path / "first").before) // 4096 + 1

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
-import pytest
-
-from .harness import READS, Call, Subject, Trial, each, thinned
+from .harness import READS, Call, Subject, Trial, each, needs_strace, thinned
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+pytestmark = needs_strace
 
 # A read changes nothing, so the state at one is that of the call before it.
 EVERY_READ = 12

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .harness import CHANGES, WORKERS, Call, Subject, Trial, each, run, unique
+from .harness import CHANGES, WORKERS, WRITES, Call, Subject, Trial, each, run, unique
 from .power import FLUSH_JOURNAL, FLUSH_NOTHING, Disk, missing, write_back
 
 if TYPE_CHECKING:
@@ -165,3 +165,34 @@ def test_disk_finds_out_who_does_not_sync(subject: Subject, disks: Disks, tmp_pa
         cut_at_once(disk, trial)
         restart(disk)
         assert trial.found() == "old"
+
+
+def test_cut_in_the_recovery_and_after_it(in_place: Subject, disks: Disks, tmp_path: Path) -> None:
+    """A journal is finished however often the power goes, and once it is gone the file needs it no more."""
+    first = in_place.trial(tmp_path / "first")
+    writes = [call for call in first.traced(first.refit_line()).calls if f"<{first.artifact}>" in call.line]
+    half = [call for call in writes if call.name in WRITES][1]
+
+    def off(number: int, at: tuple[Call, Cut]) -> bool:
+        call, cut = at
+        log = tmp_path / f"{number}.strace"
+        with disks.mounted("noauto_da_alloc") as disk:
+            trial = durable_trial(disk, in_place)
+            assert trial.traced(trial.refit_line(), *half.inject("signal=SIGKILL"), log=log).killed
+            cut(disk, trial)
+            restart(disk)
+            done = trial.traced(trial.inspect_line(), *call.inject("signal=SIGKILL"), log=log)
+            cut(disk, trial)
+            restart(disk)
+            assert trial.recovered() == "new"
+            disk.cut(FLUSH_NOTHING)
+            restart(disk)
+            assert trial.found() == "new"
+            return done.killed
+
+    trial = in_place.trial(tmp_path / "second")
+    assert trial.traced(trial.refit_line(), *half.inject("signal=SIGKILL")).killed
+    done = trial.traced(trial.inspect_line())
+    points = [call for call in unique(done.calls) if call.name in CHANGES and str(trial.folder) in call.line]
+    met = each("cut off in the recovery", cuts(points, every=in_place.files.suffix == ".pt2"), off)
+    assert any(met)

@@ -54,6 +54,8 @@ class Done(NamedTuple):
     code: int
     stderr: str
     calls: list[Call]
+    # Whether what was to happen at a call did; a thread may make fewer calls than one did before.
+    injected: bool
 
     @property
     def killed(self) -> bool:
@@ -143,7 +145,8 @@ class Trial:
         log = log or self.folder.with_suffix(".strace")
         strace = ["strace", "-f", "-y", "-qq", "-o", str(log), "-e", f"trace={','.join(sorted(TRACED))}"]
         code, stderr = run([*strace, *options, *line])
-        return Done(code, stderr, list(_calls(log, self.folder)))
+        text = log.read_text(errors="replace")
+        return Done(code, stderr, list(_calls(text, self.folder)), "INJECTED" in text)
 
     def found(self) -> str:
         """Whether the target holds the old bytes or the new ones; anything else is what must not happen."""
@@ -204,11 +207,11 @@ def run(line: Sequence[str], *, restore_signals: bool = True, stdout: bool = Fal
     return done.returncode, (done.stdout if stdout else done.stderr).decode(errors="replace")
 
 
-def _calls(log: Path, folder: Path) -> Iterator[Call]:
+def _calls(log: str, folder: Path) -> Iterator[Call]:
     """Calls of a log from the first on that names the folder."""
     counts: Counter[tuple[str | Any, ...]] = Counter()
     reached = False
-    for line in log.read_text(errors="replace").splitlines():
+    for line in log.splitlines():
         found = re.match(r"(\d+) +(\w+)\(", line)
         if found is None:
             continue

@@ -66,7 +66,19 @@ def tmpfs(point: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        command("umount", point)
+        unmount(point)
+
+
+def unmount(point: Path) -> None:
+    """Unmount; a process that another thread starts has our open files until it runs its program."""
+    for _ in range(PATIENCE):
+        try:
+            command("umount", point)
+        except subprocess.CalledProcessError:
+            time.sleep(0.02)
+        else:
+            return
+    command("umount", point)
 
 
 @dataclass
@@ -94,15 +106,7 @@ class Disk:
         command("mount", "-t", "ext4", "-o", self.options or "defaults", self.device, self.point)
 
     def unmount(self) -> None:
-        """Unmount; a process that another thread starts has our open files until it runs its program."""
-        for _ in range(PATIENCE):
-            try:
-                command("umount", self.point)
-            except subprocess.CalledProcessError:
-                time.sleep(0.02)
-            else:
-                return
-        command("umount", self.point)
+        unmount(self.point)
 
     def release(self) -> None:
         """Give the device back; mounted or not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torch._inductor.package import load_package, package_aoti
+from torch._inductor.package.package import load_package, package_aoti
 from torch.export.pt2_archive._package import load_pt2
+from torch.jit.mobile import _load_for_lite_interpreter
 
 import models
 import reweft
@@ -42,7 +44,10 @@ INPUTS: dict[type[nn.Module], Callable[[], tuple[torch.Tensor, ...]]] = {
     models.Small: lambda: (torch.randn(2, 16),),
 }
 # What no state_dict has, or the program does not read.
-ALLOWED = {models.Mixed: {"allow_missing": True}, models.Digits: {"allow_unused": True}}
+ALLOWED: dict[type[nn.Module], dict[str, Any]] = {
+    models.Mixed: {"allow_missing": True},
+    models.Digits: {"allow_unused": True},
+}
 # Every kind of module where torch puts weights by default, one module in the other places.
 CASES = [(kind, "in the library") for kind in INPUTS if kind is not models.Small]
 CASES += [(models.Digits, place) for place in PLACES if place != "in the library"]
@@ -93,7 +98,7 @@ def test_refit_of_a_package_that_torch_made(
 ) -> None:
     package, inputs = compiled(kind, place), INPUTS[kind]()
     before, old, new = package.read_bytes(), state(kind, 0, tmp_path), state(kind, 1, tmp_path)
-    allowed = ALLOWED.get(kind, {})
+    allowed: dict[str, Any] = ALLOWED.get(kind, {})
     out = tmp_path / "b.pt2"
     report = reweft.refit(package, new, out=out, original=old, **allowed)
     assert 0 < report.slots_changed <= report.slots
@@ -304,8 +309,8 @@ class TestTorchScript:
         if frozen:
             module = torch.jit.freeze(module)
         if mobile:
-            with pytest.warns(DeprecationWarning, match="Lite Interpreter"):
-                module._save_for_lite_interpreter(str(path))
+            with warnings.catch_warnings(action="ignore"):  # It is deprecated; such files are not.
+                module._save_for_lite_interpreter(str(path))  # type: ignore[no-untyped-call]
         else:
             torch.jit.save(module, str(path))
         return torch.randn(2, 16)
@@ -318,7 +323,7 @@ class TestTorchScript:
         new = save(models.seeded(Scripted, 1).state_dict(), tmp_path / "new.pt")
         reweft.refit(path, new, out=tmp_path / "b.pt", allow_missing=True)
         assert self.code(tmp_path / "b.pt") == code
-        loaded = torch.jit.load(str(tmp_path / "b.pt")) if not mobile else self.load_mobile(tmp_path / "b.pt")
+        loaded = torch.jit.load(str(tmp_path / "b.pt")) if not mobile else self.load_mobile(tmp_path / "b.pt")  # type: ignore[no-untyped-call]
         assert_close(loaded(inputs), eager(Scripted, 1, inputs))
         old = save(models.seeded(Scripted, 0).state_dict(), tmp_path / "old.pt")
         reweft.refit(tmp_path / "b.pt", old, in_place=True, allow_missing=True)
@@ -330,8 +335,8 @@ class TestTorchScript:
             return {name: archive.read(name) for name in archive.namelist() if "/data/" not in name}
 
     def load_mobile(self, path: Path) -> Any:
-        with pytest.warns(FutureWarning, match="Lite Interpreter"):
-            return torch.jit.mobile._load_for_lite_interpreter(str(path))
+        with warnings.catch_warnings(action="ignore"):
+            return _load_for_lite_interpreter(str(path))  # type: ignore[no-untyped-call]
 
     def test_frozen_module_is_refused_and_says_why(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"

@@ -22,7 +22,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
-use super::atomic::{folder, sync_folder, temporary};
+use super::atomic::{sync_folder, temporary};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
@@ -178,8 +178,8 @@ impl<'a> Journal<'a> {
         // Another process could have left one here only while it held the lock.
         inner.persist(&path).map_err(|error| failed("rename the journal", error.error))?;
         if let Err(error) = sync_folder(&path) {
-            // It may not be on the disk, and the file is untouched: take it back, and say so to the disk if it listens.
-            let _ = fs::remove_file(&path).and_then(|()| File::open(folder(&path))?.sync_all());
+            // It may not be on the disk, and the file is untouched: take it back.
+            let _ = fs::remove_file(&path);
             return Err(error.in_file(&self.locked.path));
         }
         Ok(Committed { path })

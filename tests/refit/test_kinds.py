@@ -376,6 +376,12 @@ class TestCheckpoints:
         reweft.refit(path, save(first, tmp_path / "old.pt"), in_place=True)
         assert path.read_bytes() == before
 
+    @pytest.mark.parametrize("name", ["_tensor_constant0", "_frozen_param1"])
+    def test_name_that_a_compiler_might_give(self, name: str, tmp_path: Path) -> None:
+        path = save({name: torch.zeros(3)}, tmp_path / "x.pt")
+        reweft.refit(path, save({name: torch.ones(3)}, tmp_path / "new.pt"), in_place=True)
+        assert torch.equal(torch.load(path)[name], torch.ones(3))
+
     def test_tensors_that_share_some_bytes_are_refused(self, tmp_path: Path) -> None:
         base = torch.arange(10.0)
         path = save({"all": base, "part": base[2:4], "free": torch.ones(3)}, tmp_path / "x.pt")

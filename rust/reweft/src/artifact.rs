@@ -90,7 +90,8 @@ impl Slot {
 
     /// Whether the compiler made its value of several weights, as `freezing=True` does.
     pub fn is_folded(&self) -> bool {
-        self.name.starts_with("_frozen_param")
+        // The identifier, because names are the module's where nothing was compiled, and models' names may stand before them.
+        self.constant.starts_with("_frozen_param")
     }
 
     /// Why new weights cannot go here, if so.
@@ -110,7 +111,7 @@ impl Slot {
 
     /// Whether its name is a number that the compiler gave.
     pub fn is_numbered(&self) -> bool {
-        self.name.starts_with("_tensor_constant")
+        self.constant.starts_with("_tensor_constant")
     }
 }
 

@@ -649,6 +649,16 @@ mod tests {
     }
 
     #[test]
+    fn names_that_the_compiler_gave_are_blocked_in_every_model() {
+        for given in ["_tensor_constant0", "_frozen_param3"] {
+            let text = ROWS.replace("fc_weight", given).replace("fc.weight", given);
+            let mut slot = parse_rows(&text).unwrap().rows.remove(0).into_slot(Some(0));
+            slot.name.insert_str(0, "decoder.");
+            assert!(slot.obstacle().is_some(), "{given}");
+        }
+    }
+
+    #[test]
     fn rows_on_a_gpu_are_packed_tightly() {
         let second = ROWS.replace("[0]", "[1]").replace("= 64", "= 24");
         let text = ROWS.replace("= 64", "= 24") + &second;

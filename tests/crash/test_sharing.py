@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .harness import READS, Call, Subject, Trial, each, needs_strace, run, thinned
+from .subjects import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from .subjects import Mode
 
 # Microseconds that one writer waits at a call, in which the other one can do everything.
 WAIT = 120_000
@@ -46,10 +45,8 @@ def race(trial: Trial, second: Trial, *options: str) -> None:
 
 @needs_strace
 @pytest.mark.parametrize("other", ["onto itself", "in place"])
-def test_two_writers(other: str, subject: Subject, modes: dict[str, Mode], tmp_path: Path) -> None:
+def test_two_writers(other: str, subject: Subject, tmp_path: Path) -> None:
     """At every stage of one rewrite another one of the same file takes place."""
-    if other not in modes:
-        pytest.skip(f"refit has no mode {other!r} yet")
     if subject.mode.rewrites != "artifact":
         other = "to another file"
     first = subject.trial(tmp_path / "first")
@@ -57,7 +54,7 @@ def test_two_writers(other: str, subject: Subject, modes: dict[str, Mode], tmp_p
 
     def both(number: int, call: Call) -> None:
         trial = subject.trial(tmp_path / str(number))
-        second = Trial(Subject(subject.files, modes[other]), trial.folder)
+        second = Trial(Subject(subject.files, MODES[other]), trial.folder)
         race(trial, second, *call.inject(f"delay_enter={WAIT}"))
 
     each("two writers", points, both)

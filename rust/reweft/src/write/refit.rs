@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::copy::{clone_whole, copy_range};
 use super::journal::{Journal, Locked};
 use super::parallel::{self, Progressed};
-use super::slabs::Slabs;
+use super::slabs::{SLAB_NBYTES, Slabs};
 use super::watch::Watch;
 use super::{AtomicFile, Progress, refuse_same_file};
 use crate::artifact::{Artifact, Checksum, Slot, manifest};
@@ -22,7 +22,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Finding, Plan, Refill};
 use crate::source::{self, to_usize};
-use crate::tensor::same_layout;
+use crate::tensor::{TensorInfo, same_layout};
 
 /// Bytes that are copied as one piece of work.
 const PIECE_NBYTES: u64 = 64 << 20;
@@ -183,7 +183,7 @@ pub fn verify(
     let mut nbytes = 0;
     // Without bytes to compare the plan says so.
     if artifact.absent().is_none() {
-        let job = Job::new(plan, artifact, checkpoint)?;
+        let job = Job { counts: true, ..Job::new(plan, artifact, checkpoint)? };
         let checksums = outermost(&job.checksums);
         let work = |number: usize, done: &Progressed<'_>| match checksums.get(number) {
             Some(checksum) => {
@@ -234,7 +234,7 @@ impl Fill<'_> {
     /// What stands against calling a slot filled.
     fn differences(&self, found: &Filled) -> Vec<Finding> {
         let differ: u64 = found.changes.iter().map(|change| change.differ).sum();
-        if differ > 0 {
+        if found.changed {
             let nbytes = self.slot.nbytes * self.places.len() as u64;
             return vec![Finding::value(self.slot, format!("{differ} of {nbytes} bytes differ from the checkpoint"))];
         }
@@ -261,7 +261,7 @@ struct Change {
     range: Range<u64>,
     before: u32,
     after: u32,
-    /// How many differ.
+    /// How many differ, if the job counts them.
     differ: u64,
 }
 
@@ -284,6 +284,17 @@ struct Job<'a> {
     fills: Vec<Fill<'a>>,
     checksums: Vec<Checksum>,
     watch: [Watch<'a>; 2],
+    /// Whether to count bytes that differ.
+    counts: bool,
+    /// Memory of slots that are done: touching fresh pages takes longer than the copies.
+    buffers: Mutex<Vec<Buffers>>,
+}
+
+/// Memory for a piece of a slot and for what is there.
+#[derive(Default)]
+struct Buffers {
+    new: Vec<u8>,
+    old: Vec<u8>,
 }
 
 impl<'a> Job<'a> {
@@ -303,7 +314,8 @@ impl<'a> Job<'a> {
             Watch::new(artifact.path(), artifact.source().file().into_iter())?,
             Watch::new(checkpoint.path(), checkpoint.files())?,
         ];
-        Ok(Self { plan, artifact, checkpoint, fills, checksums, watch })
+        let (counts, buffers) = (false, Mutex::default());
+        Ok(Self { plan, artifact, checkpoint, fills, checksums, watch, counts, buffers })
     }
 
     /// Bytes that are written into slots.
@@ -334,6 +346,8 @@ impl<'a> Job<'a> {
     /// Makes a slot's bytes, compares them with those that are there, and hands over each piece with its place and
     /// whether it differs.
     fn fill(&self, fill: &Fill<'_>, write: Write<'_>, done: &Progressed<'_>) -> Result<Filled> {
+        let lock = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buffers { mut new, mut old } = lock().pop().unwrap_or_default();
         let mut hasher = self.artifact.manifest().map(|_| blake3::Hasher::new());
         let mut filled = Filled { slot: fill.refill.slot, changed: false, hash: None, changes: Vec::new() };
         let mut first = 0;
@@ -343,7 +357,7 @@ impl<'a> Job<'a> {
             }
             for place in &fill.places {
                 let at = place + first;
-                let change = self.compare(at, bytes)?;
+                let change = self.compare(at, bytes, &mut old)?;
                 write(at, bytes, change.is_some())?;
                 filled.changed |= change.is_some();
                 filled.changes.extend(change);
@@ -352,46 +366,54 @@ impl<'a> Job<'a> {
             first += bytes.len() as u64;
             Ok(())
         };
-        self.make(fill, &mut take)?;
+        self.make(fill, &mut new, &mut take)?;
         filled.hash = hasher.map(|hasher| manifest::hex(hasher.finalize()));
+        // Memory of a tensor that had to be held whole is given back.
+        if new.capacity() as u64 <= SLAB_NBYTES {
+            lock().push(Buffers { new, old });
+        }
         Ok(filled)
     }
 
     /// Hands over a slot's new bytes in pieces, in order.
-    fn make(&self, fill: &Fill<'_>, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    fn make(&self, fill: &Fill<'_>, bytes: &mut Vec<u8>, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let (refill, slot, checkpoint) = (fill.refill, fill.slot, self.checkpoint);
-        let Some(key) = refill.recipe.plain_key() else {
-            return take(&refill.recipe.evaluate(checkpoint, slot.nbytes)?);
+        let info = refill.recipe.plain_key().map(|key| checkpoint.get(key).map(|info| (key, info))).transpose()?;
+        let is_plain =
+            |info: &TensorInfo| info.is_contiguous() && same_layout(&info.shape, &info.strides, &slot.strides);
+        // Slabs come in row-major order.
+        let Some((key, info)) = info.filter(|(_, info)| is_plain(info)) else {
+            make_room(bytes, slot.nbytes)?;
+            refill.recipe.evaluate_into(checkpoint, bytes)?;
+            return take(bytes);
         };
         let in_place = |error: Error| error.of_key(key).in_file(checkpoint.path());
-        let info = checkpoint.get(key)?;
         let storage = checkpoint.storage_of(info).map_err(in_place)?;
-        // Slabs come in row-major order.
-        if !info.is_contiguous() || !same_layout(&info.shape, &info.strides, &slot.strides) {
-            return take(&refill.recipe.evaluate(checkpoint, slot.nbytes)?);
-        }
-        let mut bytes = Vec::new();
         for slab in Slabs::of(info, storage).map_err(in_place)? {
-            bytes.resize(to_usize(slab.nbytes())?, 0);
-            checkpoint.read_view(&slab, &mut bytes).map_err(in_place)?;
-            take(&bytes)?;
+            make_room(bytes, slab.nbytes())?;
+            checkpoint.read_view(&slab, bytes).map_err(in_place)?;
+            take(bytes)?;
         }
         Ok(())
     }
 
     /// Compares bytes with those at a place of the artifact; `None` if they are the same.
-    fn compare(&self, at: u64, new: &[u8]) -> Result<Option<Change>> {
-        let mut old = vec![0; CHUNK_NBYTES.min(new.len())];
-        let (mut before, mut count, mut from) = (crc32fast::Hasher::new(), 0, at);
+    fn compare(&self, at: u64, new: &[u8], old: &mut Vec<u8>) -> Result<Option<Change>> {
+        old.resize(CHUNK_NBYTES, 0);
+        let (mut before, mut changed, mut count, mut from) = (crc32fast::Hasher::new(), false, 0, at);
         for chunk in new.chunks(CHUNK_NBYTES) {
             let old = &mut old[..chunk.len()];
             self.artifact.source().read_exact_at(from, old).map_err(|error| error.in_file(self.artifact.path()))?;
             before.update(old);
-            count += if old == chunk { 0 } else { differ(old, chunk) };
+            if old != chunk {
+                changed = true;
+                // A pass of its own over all bytes, which only a comparison has a use for.
+                count += if self.counts { differ(old, chunk) } else { 0 };
+            }
             from += chunk.len() as u64;
         }
         let (range, before) = (at..from, before.finalize());
-        Ok((count > 0).then(|| Change { range, before, after: crc32fast::hash(new), differ: count }))
+        Ok(changed.then(|| Change { range, before, after: crc32fast::hash(new), differ: count }))
     }
 
     /// What is to be written beside the slots: the manifest with new hashes, then each CRC, from the innermost record to
@@ -472,6 +494,16 @@ impl<'a> Job<'a> {
             notices: findings.chain(self.checkpoint.notices().iter().cloned()).collect(),
         }
     }
+}
+
+/// Gives a buffer a length; what is in it may be left from before.
+fn make_room(bytes: &mut Vec<u8>, nbytes: u64) -> Result<()> {
+    if (bytes.capacity() as u64) < nbytes {
+        *bytes = source::zeroed(nbytes)?;
+    } else {
+        bytes.resize(to_usize(nbytes)?, 0);
+    }
+    Ok(())
 }
 
 /// The checksums that no other one covers.

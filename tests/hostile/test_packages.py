@@ -52,16 +52,15 @@ LIES: dict[str, tuple[dict[str, bytes | None], str]] = {
     "shape that overflows": (stated(b"{2, 3}", b"{4294967296, 4294967296}"), "too small for its tensor"),
     "rank of two numbers": (stated(b"{3, 1}", b"{3}"), "too small for its tensor"),
     "offset behind the row": (stated(b".offset = 0", b".offset = 99"), "too small for its tensor"),
-    "dtype that is not known": (stated(b"dtype_float32", b"dtype_float33"), "dtype that is not known"),
     "two rows of one name": (stated(b'"fc.bias"', b'"fc.weight"'), "two slots have this name"),
     "row without a name": (stated(b'original_fqn = "fc.weight"', b'original_fqn = ""'), "row has no name"),
     "row that does not follow": (stated(b"constants_info_[1].name", b"constants_info_[7].name"), "does not follow"),
     "no source": ({SOURCE: None}, "no .wrapper.cpp record"),
     "no library": ({LIBRARY: None}, "no .wrapper.so record"),
-    "two libraries": ({LIBRARY.replace("abc", "abd"): b""}, "several models"),
-    "two weights records": ({BLOB.replace("abc", "abd"): b""}, "several models"),
-    "two sources": ({SOURCE.replace("abc", "abd"): b""}, "several models"),
-    "another format": ({"net/archive_format": b"pt3"}, "no AOTInductor .pt2 package"),
+    "two libraries": ({LIBRARY.replace("abc", "abd"): b""}, "has two "),
+    "two weights records": ({BLOB.replace("abc", "abd"): b""}, "has two "),
+    "two sources": ({SOURCE.replace("abc", "abd"): b""}, "has two "),
+    "another format": ({"net/archive_format": b"pt3"}, 'archive_format is "pt3"'),
 }
 
 
@@ -81,6 +80,14 @@ def test_package_that_contradicts_itself_is_refused_and_nothing_is_written(name:
         assert path.read_bytes() == before
     assert not out.exists()
     assert leftovers(tmp_path) == []
+
+
+def test_row_of_a_dtype_that_is_not_known_keeps_its_bytes(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.pt2", stated(b"dtype_float32", b"dtype_float33"))
+    with pytest.raises(reweft.MismatchError) as error:
+        reweft.refit(path, WEIGHTS, out=tmp_path / "out.pt2", allow_missing=True, allow_unused=True)
+    assert_says(error, path, "dtype is not known")
+    assert not (tmp_path / "out.pt2").exists()
 
 
 def test_weights_that_are_compressed_are_no_place_for_others(tmp_path: Path) -> None:

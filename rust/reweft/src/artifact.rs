@@ -12,7 +12,6 @@ mod stored;
 
 pub use checksum::Checksum;
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -362,17 +361,9 @@ impl Artifact {
     /// # Errors
     /// [`ErrorKind::Format`] if one is wrong; read errors.
     pub fn check_weights(&self) -> Result<()> {
-        let mut checksums = self.checksums(&self.slots)?;
-        // What is within another range is read with it.
-        let ranges: Vec<_> = checksums.iter().map(|checksum| checksum.covers.clone()).collect();
-        checksums.retain(|checksum| {
-            let Range { start, end } = checksum.covers;
-            !ranges.iter().any(|other| *other != checksum.covers && other.start <= start && end <= other.end)
-        });
-        checksums
-            .iter()
-            .try_for_each(|checksum| checksum.check(&*self.source))
-            .map_err(|error| error.in_file(&self.path))
+        let checksums = self.checksums(&self.slots)?;
+        let mut outermost = Checksum::outermost(&checksums).into_iter();
+        outermost.try_for_each(|checksum| checksum.check(&*self.source)).map_err(|error| error.in_file(&self.path))
     }
 
     /// Finds the slot that has this name or alias.

@@ -13,7 +13,6 @@ use serde::Serialize;
 use crate::artifact::{Artifact, Kind, Slot};
 use crate::checkpoint::Checkpoint;
 use crate::convert;
-use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
 use crate::recipe::Recipe;
@@ -323,7 +322,8 @@ impl<'a> Planner<'a> {
     /// Why a key may have no slot although the program depends on it: its value is in a slot that has no name.
     fn hidden(&self) -> Option<&'static str> {
         let mut slots = self.artifact.slots().iter();
-        if slots.any(|slot| slot.is_folded() || slot.blocked.is_some() && slot.dtype == Dtype::U8) {
+        let is_program = self.artifact.program().is_some();
+        if slots.any(|slot| slot.is_folded() || is_program && slot.blocked.is_some()) {
             return Some("no slot has this name: the compiler folded or packed weights (freezing=True)");
         }
         let is_constant = |slot: &Slot| !slot.persistent && slot.name.starts_with("constants.c");

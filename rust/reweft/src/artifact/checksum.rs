@@ -46,6 +46,22 @@ impl Checksum {
         Ok(Some(Self { record: record.to_owned(), covers: base + data.start..base + data.end, stated: entry.crc, at }))
     }
 
+    /// Those that no other one covers: who reads the bytes of these has read all.
+    pub(crate) fn outermost(checksums: &[Self]) -> Vec<&Self> {
+        let mut order: Vec<&Self> = checksums.iter().collect();
+        order.sort_by_key(|checksum| (checksum.covers.start, std::cmp::Reverse(checksum.covers.end)));
+        // Records lie behind or within each other, so a range is covered by the last outermost one or by none.
+        let mut outermost: Vec<&Self> = Vec::new();
+        for checksum in order {
+            let last = outermost.last().map(|last| &last.covers);
+            let is_covered = last.is_some_and(|last| checksum.covers.end <= last.end && checksum.covers != *last);
+            if !is_covered {
+                outermost.push(checksum);
+            }
+        }
+        outermost
+    }
+
     /// Compares it with the bytes. Reads all of them.
     ///
     /// # Errors
@@ -76,6 +92,15 @@ impl Checksum {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_another_one_covers_is_read_with_it() {
+        let of = |covers: Range<u64>| Checksum { record: String::new(), covers, stated: 0, at: Vec::new() };
+        let checksums = [of(10..20), of(0..30), of(12..13), of(30..40), of(30..40), of(35..40), of(50..60)];
+        let covers = |found: Vec<&Checksum>| found.iter().map(|found| found.covers.clone()).collect::<Vec<_>>();
+        assert_eq!(covers(Checksum::outermost(&checksums)), [0..30, 30..40, 30..40, 50..60]);
+        assert!(Checksum::outermost(&[]).is_empty());
+    }
 
     #[test]
     fn a_change_gives_the_crc_of_the_new_bytes() {

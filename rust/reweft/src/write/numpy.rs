@@ -48,9 +48,7 @@ pub(super) fn write(
         pieces.map(|((key, info), record)| Piece { key, info, at: record.payload_offset(), record: Some(record) });
     let pieces: Vec<_> = pieces.collect();
     let file = AtomicFile::create(out)?;
-    let mut transfers = Transfers::new(checkpoint, tensors.iter().map(|(_, info)| info.nbytes()).sum(), progress)?;
-    let crcs = transfers.run(&pieces, &file)?;
-    transfers.finish()?;
+    let crcs = Transfers::run_all(checkpoint, &pieces, &file, progress)?;
     let listed: Vec<_> = records.into_iter().zip(crcs).collect();
     let tail = tail(&listed, end);
     // numpy knows an archive by its first bytes, and one without records only by the plain end record.

@@ -3,6 +3,7 @@
 //! Nothing changes its size, so nothing moves. What is written are the slots' bytes, the CRCs around them and the hashes
 //! in the manifest; every other byte stays.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -71,7 +72,7 @@ pub fn refit(
     let job = Job::new(plan, artifact, checkpoint)?;
     let file = AtomicFile::create(out)?;
     let kept = if clone_whole(artifact.source(), &file) { Vec::new() } else { job.kept() };
-    let checksums = outermost(&job.checksums);
+    let checksums = Checksum::outermost(&job.checksums);
     let count = checksums.len() + job.fills.len() + kept.len();
     let total = job.nbytes() + kept.iter().map(|range| range.end - range.start).sum::<u64>();
     let work = |number: usize, done: &Progressed<'_>| -> Result<Option<Filled>> {
@@ -184,7 +185,7 @@ pub fn verify(
     // Without bytes to compare the plan says so.
     if artifact.absent().is_none() {
         let job = Job { counts: true, ..Job::new(plan, artifact, checkpoint)? };
-        let checksums = outermost(&job.checksums);
+        let checksums = Checksum::outermost(&job.checksums);
         let work = |number: usize, done: &Progressed<'_>| match checksums.get(number) {
             Some(checksum) => {
                 checksum.check(&**artifact.source()).map(|()| None).map_err(|error| error.in_file(artifact.path()))
@@ -419,16 +420,19 @@ impl<'a> Job<'a> {
     /// What is to be written beside the slots: the manifest with new hashes, then each CRC, from the innermost record to
     /// the outermost, because the CRC of a record in a record is part of what the outer one covers.
     fn patches(&self, filled: &[Filled]) -> Result<Vec<(u64, Vec<u8>)>> {
-        let (mut patches, mut changes) = (Vec::new(), Vec::new());
+        let mut patches = Vec::new();
         let mut checksums = self.checksums.clone();
+        // By where they begin, so that each checksum looks at its own alone.
+        let changes = filled.iter().flat_map(|filled| filled.changes.iter().cloned());
+        let mut changes: BTreeMap<u64, Change> = changes.map(|change| (change.range.start, change)).collect();
         if let Some((change, bytes)) = self.new_manifest(filled)? {
             checksums.extend(self.manifest_checksum()?);
             patches.push((change.range.start, bytes));
-            changes.push(change);
+            changes.insert(change.range.start, change);
         }
         for mut checksum in checksums {
             let stated = checksum.stated;
-            for change in filled.iter().flat_map(|filled| &filled.changes).chain(&changes) {
+            for change in changes.range(checksum.covers.clone()).map(|(_, change)| change) {
                 checksum.change(&change.range, change.before, change.after);
             }
             if checksum.stated == stated {
@@ -436,7 +440,7 @@ impl<'a> Job<'a> {
             }
             for at in &checksum.at {
                 let (before, after) = (stated.to_le_bytes(), checksum.stated.to_le_bytes());
-                changes.push(Change::of(*at, &before, &after));
+                changes.insert(*at, Change::of(*at, &before, &after));
                 patches.push((*at, after.to_vec()));
             }
         }
@@ -504,13 +508,4 @@ fn make_room(bytes: &mut Vec<u8>, nbytes: u64) -> Result<()> {
         bytes.resize(to_usize(nbytes)?, 0);
     }
     Ok(())
-}
-
-/// The checksums that no other one covers.
-fn outermost(checksums: &[Checksum]) -> Vec<&Checksum> {
-    let within = |inner: &Range<u64>, outer: &Range<u64>| outer.start <= inner.start && inner.end <= outer.end;
-    let is_covered = |checksum: &Checksum| {
-        checksums.iter().any(|other| other.covers != checksum.covers && within(&checksum.covers, &other.covers))
-    };
-    checksums.iter().filter(|checksum| !is_covered(checksum)).collect()
 }

@@ -45,9 +45,7 @@ pub(super) fn write(
     });
     let pieces: Vec<_> = pieces.collect();
     let file = AtomicFile::create(out)?;
-    let mut transfers = Transfers::new(checkpoint, pieces.iter().map(|piece| piece.info.nbytes()).sum(), progress)?;
-    let crcs = transfers.run(&pieces, &file)?;
-    transfers.finish()?;
+    let crcs = Transfers::run_all(checkpoint, &pieces, &file, progress)?;
     records.finish(&file, &crcs)?;
     file.commit_if(options.sync)?;
     notices(checkpoint, &storages)

@@ -82,6 +82,20 @@ impl<'a> Transfers<'a> {
         Ok(job.crcs.into_iter().map(AtomicU32::into_inner).collect())
     }
 
+    /// Writes all pieces of a conversion into one file; as [`new`](Self::new), [`run`](Self::run) and
+    /// [`finish`](Self::finish).
+    pub fn run_all(
+        checkpoint: &'a Checkpoint,
+        pieces: &[Piece<'_>],
+        out: &AtomicFile,
+        progress: Progress<'a>,
+    ) -> Result<Vec<u32>> {
+        let mut transfers = Self::new(checkpoint, pieces.iter().map(|piece| piece.info.nbytes()).sum(), progress)?;
+        let crcs = transfers.run(pieces, out)?;
+        transfers.finish()?;
+        Ok(crcs)
+    }
+
     /// Ends all transfers.
     ///
     /// # Errors

@@ -136,7 +136,7 @@ pub(super) fn sync_folder(of: &Path) -> Result<()> {
     synced.map_err(|error| Error::io("fsync folder", error).in_file(of))
 }
 
-pub(super) fn folder(target: &Path) -> &Path {
+fn folder(target: &Path) -> &Path {
     match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

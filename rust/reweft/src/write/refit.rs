@@ -128,10 +128,11 @@ pub fn refit_in_place(
     progress: Progress<'_>,
 ) -> Result<RefitReport> {
     plan.check()?;
-    let job = Job::new(plan, artifact, checkpoint)?;
     refuse_own_bytes(artifact, checkpoint)?;
     let locked = Locked::open(artifact.path())?;
     locked.check_is(artifact.source())?;
+    // What the file states is read once more under the lock: whoever rewrote it since it was opened is noticed.
+    let job = Job::new(plan, artifact, checkpoint)?;
     let journal = Mutex::new(Journal::begin(&locked)?);
     let work = |number: usize, done: &Progressed<'_>| {
         let mut write = |at: u64, bytes: &[u8], changed: bool| {

@@ -166,11 +166,12 @@ pub struct Plan {
 Examples:
   reweft refit net.pt2 epoch3.pt -o net-epoch3.pt2 --top-level-key model_state_dict --remap '^module\\.='
   reweft refit net.pt2 epoch3.pt --in-place")]
+#[command(group(clap::ArgGroup::new("target").required(true).args(["output", "in_place"])))]
 pub struct Refit {
     #[command(flatten)]
     pub pair: Pair,
     /// The file to write; it may be ARTIFACT itself, which is then replaced by a rename.
-    #[arg(short, long, required_unless_present = "in_place", conflicts_with = "in_place")]
+    #[arg(short, long)]
     pub output: Option<PathBuf>,
     /// Write into ARTIFACT itself, and there only what differs. Not while a process serves from the file.
     #[arg(long)]

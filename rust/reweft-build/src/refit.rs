@@ -95,8 +95,8 @@ impl Refit {
 
     /// Writes the file `name` in `OUT_DIR` and gives its path; prints directives for cargo.
     ///
-    /// Reads and writes the whole package once, checks the CRCs of the weights, and holds one slot in memory. A file
-    /// that holds the same bytes already keeps its modification time.
+    /// Costs what [`reweft::write::refit`] costs: the package is written once, and CRCs are compared. A file that holds
+    /// the same bytes already keeps its modification time.
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`](crate::ErrorKind::Mismatch), listing every difference that [`allow`](Self::allow) does

@@ -10,7 +10,7 @@ mod detect;
 mod exported;
 mod flatten;
 mod globals;
-mod json;
+pub(crate) mod json;
 mod made;
 mod module;
 pub(crate) mod numpy;

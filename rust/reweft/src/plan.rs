@@ -1,10 +1,12 @@
 //! Plans: which slot takes which key, by what recipe, and everything that speaks against it.
 //!
 //! A plan is data. It is made from metadata, prints, serialises to JSON, and is carried out by [`crate::write`] or by a
-//! runtime. The only bytes that planning reads are those of tied keys that a checkpoint stores twice.
+//! runtime. The only bytes that planning reads are those of keys that may be tied: where a checkpoint stores them twice,
+//! or where nothing states which weights are tied.
 
 mod finding;
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
@@ -13,6 +15,7 @@ use serde::Serialize;
 use crate::artifact::{Artifact, Kind, Slot};
 use crate::checkpoint::Checkpoint;
 use crate::convert;
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
 use crate::recipe::Recipe;
@@ -60,7 +63,8 @@ pub struct Plan {
 
 /// Plans the refit of `artifact` from `checkpoint`.
 ///
-/// Reads metadata, and the bytes of tied keys that the checkpoint stores more than once.
+/// Reads metadata, and the bytes of tied keys that the checkpoint stores more than once. Where no manifest states which
+/// weights are tied, also those of keys without a slot, and of keys that look like them.
 ///
 /// # Errors
 /// Only read errors, [`ErrorKind::Format`] among them. What does not fit is a finding in the plan.
@@ -163,6 +167,8 @@ struct Planner<'a> {
     baked: HashMap<&'a str, &'a str>,
     /// What the checkpoint holds under a name that is no tensor.
     values: HashMap<&'a str, &'a str>,
+    /// Keys that fill a slot, by dtype and shape, and by the hash of their bytes.
+    by_hash: HashMap<(Dtype, Vec<u64>), HashMap<blake3::Hash, &'a str>>,
     /// Suggestions that may still be made: each looks at every name, and a plan full of findings has another cause
     /// than a typing error.
     suggestions: std::ops::Range<u32>,
@@ -181,6 +187,7 @@ impl<'a> Planner<'a> {
             not_read: artifact.unused().iter().map(String::as_str).collect(),
             baked: baked.collect(),
             values: checkpoint.values().iter().map(|value| (value.path.as_str(), value.what.as_str())).collect(),
+            by_hash: HashMap::new(),
             suggestions: 0..20,
             findings: Vec::new(),
         }
@@ -332,20 +339,29 @@ impl<'a> Planner<'a> {
             .then_some("no slot has this name: the module was frozen, which makes its weights constants without names")
     }
 
-    /// A key that fills a slot and has the same bytes as this one; only where nothing states which weights are tied.
-    fn same_bytes(&self, key: &str) -> Result<Option<&'a str>> {
+    /// A key that fills a slot and has the same bytes as this one; only where nothing states which weights are tied. Reads
+    /// this key and, once each, those that it could be.
+    fn same_bytes(&mut self, key: &str) -> Result<Option<&'a str>> {
         if self.artifact.is_complete() {
             return Ok(None);
         }
-        let Ok(info) = self.checkpoint.get(key) else { return Ok(None) };
-        let used = self.used.iter().filter_map(|other| Some((*other, self.checkpoint.get(other).ok()?)));
-        let alike = used.filter(|(_, other)| (&other.shape, other.dtype) == (&info.shape, info.dtype));
-        for (other, candidate) in alike {
-            if candidate == info || self.checkpoint.read(other)? == self.checkpoint.read(key)? {
-                return Ok(Some(other));
+        let (checkpoint, used) = (self.checkpoint, &self.used);
+        let Ok(info) = checkpoint.get(key) else { return Ok(None) };
+        let looks_alike = |other: &&'a str| {
+            checkpoint.get(other).is_ok_and(|other| (&other.shape, other.dtype) == (&info.shape, info.dtype))
+        };
+        let alike = match self.by_hash.entry((info.dtype, info.shape.clone())) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let alike = used.iter().copied().filter(looks_alike);
+                let hashed = alike.map(|other| Ok((blake3::hash(&checkpoint.read(other)?), other)));
+                entry.insert(hashed.collect::<Result<_>>()?)
             }
+        };
+        if alike.is_empty() {
+            return Ok(None);
         }
-        Ok(None)
+        Ok(alike.get(&blake3::hash(&checkpoint.read(key)?)).copied())
     }
 
     /// What stands before the name of a slot that is still empty, if the key ends in one.

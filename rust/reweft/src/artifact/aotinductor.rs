@@ -12,6 +12,7 @@ use regex::Regex;
 
 use super::manifest::{self, Manifest};
 use super::{Absent, Artifact, Checksum, Holds, Kind, Slot, SlotKind, library};
+use crate::checkpoint::json::{self, Unique};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
@@ -248,8 +249,7 @@ impl<'a> Reader<'a> {
         config: &str,
     ) -> Result<HashMap<String, OnDisk>> {
         check_text(archive.entry(config)?.nbytes, self.limits)?;
-        let rows: IndexMap<String, (String, Vec<u64>, Vec<u64>, u64)> =
-            serde_json::from_slice(&archive.read(config)?).map_err(|error| Error::format(format!("JSON: {error}")))?;
+        let Unique(rows): Unique<(String, Vec<u64>, Vec<u64>, u64)> = json::parse(&archive.read(config)?)?;
         let mut found = HashMap::with_capacity(rows.len());
         for (name, (file, shape, strides, storage_offset)) in rows {
             if file.contains(['/', '\\']) {

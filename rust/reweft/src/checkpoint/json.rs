@@ -9,7 +9,7 @@ use serde::de::{self, Deserialize, DeserializeOwned, Deserializer, MapAccess, Vi
 use crate::error::{Error, Result};
 
 /// A JSON object that names no key twice; a plain map would keep the last one without a word.
-pub(super) struct Unique<V>(pub IndexMap<String, V>);
+pub(crate) struct Unique<V>(pub IndexMap<String, V>);
 
 impl<V> Default for Unique<V> {
     fn default() -> Self {
@@ -72,7 +72,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
 /// # Errors
 /// [`ErrorKind::Format`](crate::ErrorKind::Format) with line and column; also for bytes that are no UTF-8 in parts that
 /// nobody asks for, which serde would skip.
-pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     let text = str::from_utf8(bytes).map_err(|error| Error::format(format!("JSON: {error}")))?;
     let Object(document) = serde_json::from_str(text).map_err(|error| Error::format(format!("JSON: {error}")))?;
     Ok(document)

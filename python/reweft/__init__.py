@@ -29,11 +29,13 @@ from reweft.refitting import (
     Finding,
     Plan,
     RefitReport,
+    StripReport,
     VerifyReport,
     convert,
     extract,
     plan,
     refit,
+    strip,
     verify,
 )
 
@@ -61,6 +63,7 @@ __all__ = [
     "RefitReport",
     "ReweftError",
     "RunError",
+    "StripReport",
     "TensorInfo",
     "TiedTensors",
     "UnreadableTensor",
@@ -74,5 +77,6 @@ __all__ = [
     "open",
     "plan",
     "refit",
+    "strip",
     "verify",
 ]

@@ -13,6 +13,7 @@ from reweft.checkpoint import open as open_checkpoint
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable
 
     from reweft.keymap import KeyMap
 
@@ -21,11 +22,13 @@ __all__ = [
     "Finding",
     "Plan",
     "RefitReport",
+    "StripReport",
     "VerifyReport",
     "convert",
     "extract",
     "plan",
     "refit",
+    "strip",
     "verify",
 ]
 
@@ -82,6 +85,22 @@ class VerifyReport:
     """Bytes that were compared."""
     differences: tuple[Finding, ...]
     """Slots that differ, and what stood against a comparison."""
+
+
+@dataclass(frozen=True)
+class StripReport:
+    """What stripping did."""
+
+    out: Path
+    """The file that was written."""
+    slots: int
+    """Slots whose bytes were left out."""
+    nbytes: int
+    """Bytes that were left out."""
+    kept: tuple[str, ...]
+    """Slots that kept their bytes."""
+    out_nbytes: int
+    """Bytes of the file that was written."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +326,39 @@ def verify(
     data = json.loads(_core.verify(planned._core))  # noqa: SLF001  (one package)
     differences = tuple(Finding(**finding) for finding in data["differences"])
     return VerifyReport(data["equal"], data["slots"], data["nbytes"], differences)
+
+
+def strip(artifact: str | os.PathLike[str], out: str | os.PathLike[str], *, keep: Iterable[str] = ()) -> StripReport:
+    """Write `artifact` without its weights, for whoever ships the program once and weights often.
+
+    Nothing runs or loads what is written. `refit` with a key for every slot that was left out makes of it, byte for
+    byte, what it makes of the whole artifact. Slots that no refit can fill keep their bytes, and so do those that no
+    state_dict has, as far as the artifact says which those are: a package that `reweft.torch.trace` compiled does,
+    others do not. Reads all weight bytes twice and compares their CRCs.
+
+    Args:
+        artifact: A compiled `.pt2` package, an exported program, a TorchScript archive, or a checkpoint.
+        out: The file to write.
+        keep: Regexes; a slot with a name that one of them matches keeps its bytes.
+
+    Raises:
+        UsageError: The artifact is stripped already or has no slots to strip, or a regex matches no slot.
+        UnsupportedError: The file is no artifact, is a library beside its source, or has no weights in it.
+        FormatError: The file is damaged.
+        IoError: Reading or writing failed; `out` is as it was.
+
+    Example:
+        >>> reweft.strip("net.pt2", "net.stripped")  # doctest: +SKIP
+        >>> reweft.refit("net.stripped", "epoch3.pt", out="net-epoch3.pt2")  # doctest: +SKIP
+    """
+    data = json.loads(_core.strip(artifact, out, list(keep)))
+    return StripReport(
+        out=Path(data["out"]),
+        slots=data["slots"],
+        nbytes=data["nbytes"],
+        kept=tuple(data["kept"]),
+        out_nbytes=data["out_nbytes"],
+    )
 
 
 def convert(

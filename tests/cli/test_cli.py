@@ -399,3 +399,18 @@ class TestConfig:
         stderr = cli.fails("config", "a.pt")
         assert 'a.pt: "w.0": ' in stderr
         assert has_hint(stderr)
+
+
+def test_strip_and_refit(cli: Cli, digits: Package, tmp_path: Path) -> None:
+    weights = save(dict(digits.module(1).state_dict()), tmp_path / "x.pt")
+    report = cli.json("strip", digits.path, "-o", "net.stripped")
+    assert report["slots"] > 0
+    assert report["out_nbytes"] == (tmp_path / "net.stripped").stat().st_size
+    assert "left out" in cli("strip", digits.path, "-o", "net.stripped", "--keep", "bias$").stdout
+    assert "stripped" in cli("inspect", "net.stripped").stdout
+    shown = cli.json("inspect", "net.stripped")
+    assert shown["stripped"]
+    assert {slot["stripped"] for slot in shown["slots"]} == {True, False}
+    cli("refit", "net.stripped", weights, "-o", "b.pt2")
+    cli("verify", "b.pt2", weights)
+    assert "stripped" in cli.fails("verify", "net.stripped", weights)

@@ -427,6 +427,26 @@ def test_bytes_depend_on_the_last_weights_alone(kind: Kind, folders: Callable[[]
 @every_kind
 @deterministic
 @given(data=st.data())
+def test_refit_of_the_stripped_is_refit_of_the_whole(
+    kind: Kind, folders: Callable[[], Path], data: st.DataObject
+) -> None:
+    rows, folder = data.draw(tables(kind)), folders()
+    assume(any(0 not in row.shape for row in rows))
+    artifact, stripped = folder / f"a{kind.suffix}", folder / "stripped"
+    kind.write(rows, made(rows, 0), artifact)
+    report = reweft.strip(artifact, stripped)
+    assert report.slots == sum(0 not in row.shape for row in rows)
+    x = data.draw(weights(rows)).write(made(rows, 1), folder / "x")
+    whole, filled = folder / f"b{kind.suffix}", folder / f"c{kind.suffix}"
+    reweft.refit(artifact, x, out=whole)
+    reweft.refit(stripped, x, out=filled)
+    assert filled.read_bytes() == whole.read_bytes()
+    assert_clean(folder)
+
+
+@every_kind
+@deterministic
+@given(data=st.data())
 def test_only_slots_that_have_keys_change(kind: Kind, folders: Callable[[], Path], data: st.DataObject) -> None:
     rows, folder = data.draw(tables(kind)), folders()
     artifact, present = folder / f"a{kind.suffix}", made(rows, 0)

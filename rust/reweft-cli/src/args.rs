@@ -25,6 +25,7 @@ pub enum Command {
     Plan(Plan),
     Refit(Refit),
     Verify(Verify),
+    Strip(Strip),
     Diff(Diff),
 }
 
@@ -190,6 +191,30 @@ pub struct Verify {
     pub pair: Pair,
     #[command(flatten)]
     pub allow: Allow,
+    /// Print a JSON report.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Writes an artifact without its weights, for whoever ships the program once and weights often.
+///
+/// Nothing runs or loads what is written; a refit with a key for every slot that was left out makes of it, byte for byte,
+/// what it makes of the whole artifact. Slots that no refit can fill keep their bytes, and so do those that no state_dict
+/// has, as far as the artifact says which those are.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  reweft strip net.pt2 -o net.stripped
+  reweft refit net.stripped epoch3.pt -o net-epoch3.pt2")]
+pub struct Strip {
+    /// The compiled package (.pt2), exported program, TorchScript archive or checkpoint.
+    pub artifact: PathBuf,
+    /// The file to write.
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// Keep the bytes of slots with a name that matches. Repeatable.
+    #[arg(long, value_name = "REGEX")]
+    pub keep: Vec<String>,
     /// Print a JSON report.
     #[arg(long)]
     pub json: bool,

@@ -161,6 +161,8 @@ struct ArtifactView<'a> {
     has_manifest: bool,
     /// Why no weights can be replaced, if so.
     absent: Option<&'a str>,
+    /// Whether weights were left out of the file.
+    stripped: bool,
     needs_proxy_executor: bool,
     slots: Vec<SlotView<'a>>,
     unused: &'a [String],
@@ -180,11 +182,12 @@ struct SlotView<'a> {
     dtype: &'static str,
     shape: &'a [u64],
     strides: &'a [u64],
-    /// First byte in the file.
+    /// First byte in the file; in a stripped one, that in the whole file.
     byte_offset: Option<u64>,
     nbytes: u64,
     hash: Option<&'a str>,
     obstacle: Option<&'a str>,
+    stripped: bool,
 }
 
 impl<'a> SlotView<'a> {
@@ -203,6 +206,7 @@ impl<'a> SlotView<'a> {
             nbytes: slot.nbytes,
             hash: slot.hash.as_deref(),
             obstacle: slot.obstacle(),
+            stripped: slot.stripped,
         }
     }
 }
@@ -216,6 +220,7 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         models: models.iter().map(|model| model.model.as_str()).collect(),
         has_manifest: artifact.manifest().is_some(),
         absent: artifact.absent().map(|absent| absent.why.as_str()),
+        stripped: artifact.is_stripped(),
         needs_proxy_executor: models.iter().any(|model| model.extern_nodes.is_some()),
         slots: artifact.slots().iter().map(|slot| SlotView::new(artifact, slot)).collect(),
         unused: artifact.unused(),
@@ -236,6 +241,9 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         }
         if slot.mutated && artifact.manifest().is_some() {
             remarks.push("written by the program".to_owned());
+        }
+        if slot.stripped {
+            remarks.push("stripped".to_owned());
         }
         remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));
         vec![slot.name.clone(), slot.dtype.to_string(), shape, output::bytes(slot.nbytes), remarks.join("; ")]
@@ -263,6 +271,9 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
     }
     let nbytes: u64 = artifact.slots().iter().map(|slot| slot.nbytes).sum();
     let (kind, slots) = (artifact.kind().name(), artifact.slots().len());
-    writeln!(out, "{kind}: {slots} slots, {} bytes", output::bytes(nbytes))?;
+    let stripped: u64 = artifact.slots().iter().filter(|slot| slot.stripped).map(|slot| slot.nbytes).sum();
+    let left_out =
+        if artifact.is_stripped() { format!(", {} of them stripped", output::bytes(stripped)) } else { String::new() };
+    writeln!(out, "{kind}: {slots} slots, {} bytes{left_out}", output::bytes(nbytes))?;
     Ok(())
 }

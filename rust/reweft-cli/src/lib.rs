@@ -42,6 +42,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Plan(command) => weights::plan(command, &mut stdout),
         Command::Refit(command) => weights::refit(command, &mut stdout),
         Command::Verify(command) => weights::verify(command, &mut stdout),
+        Command::Strip(command) => weights::strip(command, &mut stdout),
         Command::Diff(command) => diff::run(command, &mut stdout),
     };
     match result {

@@ -1,4 +1,4 @@
-//! `convert`, `extract`, `plan`, `refit`, `verify`: what moves or compares weights.
+//! `convert`, `extract`, `plan`, `refit`, `verify`, `strip`: what moves or compares weights.
 
 use std::io::Write;
 
@@ -6,10 +6,10 @@ use reweft::plan::Finding;
 use reweft::source::Access;
 use reweft::{Artifact, Checkpoint, Error, ErrorKind, Limits, plan, write};
 
-use crate::args::{Allow, Convert, Extract, Pair, Plan, Refit, Target, Verify};
+use crate::args::{Allow, Convert, Extract, Pair, Plan, Refit, Strip, Target, Verify};
 use crate::output;
 
-/// Gives whether the check found no difference; `convert`, `extract` and `refit` check nothing.
+/// Gives whether the check found no difference; `convert`, `extract`, `refit` and `strip` check nothing.
 type Outcome = anyhow::Result<bool>;
 
 pub fn convert(command: &Convert, out: &mut dyn Write) -> Outcome {
@@ -159,4 +159,29 @@ pub fn verify(command: &Verify, out: &mut dyn Write) -> Outcome {
     let verdict = if report.equal { "equal" } else { "different" };
     writeln!(out, "{verdict}: {slots} slots, {nbytes} bytes compared")?;
     Ok(report.equal)
+}
+
+pub fn strip(command: &Strip, out: &mut dyn Write) -> Outcome {
+    let artifact = Artifact::open(&command.artifact, Access::Read, &Limits::default())?;
+    let keep: Vec<&str> = command.keep.iter().map(String::as_str).collect();
+    let bar = output::progress(command.json);
+    let report = write::strip(&artifact, &keep, &command.output, &mut |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    if command.json {
+        output::json(out, &report)?;
+        return Ok(true);
+    }
+    if !report.kept.is_empty() {
+        output::notices([&format!("these keep their bytes: {}", shorten(&report.kept.join(", ")))]);
+    }
+    let (path, slots, nbytes) = (report.out.display(), report.slots, output::bytes(report.nbytes));
+    writeln!(
+        out,
+        "{path}: {slots} slots with {nbytes} bytes left out, {} bytes stay",
+        output::bytes(report.out_nbytes)
+    )?;
+    Ok(true)
 }

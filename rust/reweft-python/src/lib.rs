@@ -28,5 +28,5 @@ mod _core {
     #[pymodule_export]
     use crate::model::Model;
     #[pymodule_export]
-    use crate::weights::{Plan, cast, main, plan, refit, seal, verify, write_converted};
+    use crate::weights::{Plan, cast, main, plan, refit, seal, strip, verify, write_converted};
 }

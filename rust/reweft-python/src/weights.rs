@@ -87,6 +87,16 @@ pub fn verify(py: Python<'_>, plan: &Plan) -> Result<String> {
     py.detach(|| to_json(&write::verify(inner, artifact, checkpoint, &mut |_, _| ())?))
 }
 
+/// Writes an artifact without its weights; gives the report as JSON.
+#[pyfunction]
+pub fn strip(py: Python<'_>, artifact: PathBuf, out: PathBuf, keep: Vec<String>) -> Result<String> {
+    let keep: Vec<&str> = keep.iter().map(String::as_str).collect();
+    py.detach(|| {
+        let artifact = Artifact::open(&artifact, Access::Read, &Limits::default())?;
+        to_json(&write::strip(&artifact, &keep, &out, &mut |_, _| ())?)
+    })
+}
+
 /// Writes a checkpoint in another format; gives the report as JSON.
 #[pyfunction]
 #[pyo3(name = "convert", signature = (checkpoint, out, *, target, shared, max_shard, sync))]

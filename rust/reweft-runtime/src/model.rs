@@ -111,8 +111,8 @@ impl Model {
     /// gone when this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one without a manifest (nothing
-    /// says which inputs it takes), with operators that need a proxy executor, or for a device of another kind than the
+    /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that was stripped or has no manifest
+    /// (nothing says which inputs it takes), with operators that need a proxy executor, or for a device of another kind than the
     /// process has; [`ErrorKind::Usage`] for several replicas of a program that writes to buffers; [`ErrorKind::Run`]
     /// if the loader or the program refuses.
     ///
@@ -121,6 +121,7 @@ impl Model {
     pub unsafe fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
         let in_file = |error: Error| error.in_file(path);
         let artifact = Artifact::open(path, Access::Map, &Limits::default())?;
+        artifact.check_whole()?;
         let manifest = check_runnable(&artifact, options).map_err(in_file)?;
         let device = check_device(manifest).map_err(in_file)?;
         let inputs = input_types(manifest).map_err(in_file)?;

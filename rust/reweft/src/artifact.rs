@@ -2,16 +2,20 @@
 //!
 //! Opening reads metadata only. [`aotinductor`] reads the `.pt2` that `torch._inductor.aoti_compile_and_package` and
 //! `reweft.torch.trace` write; `stored` reads everything else that holds tensors in places of their own: exported
-//! programs, TorchScript archives and checkpoints.
+//! programs, TorchScript archives and checkpoints; `stripped` reads any of them without its weights.
 
 pub mod aotinductor;
 mod checksum;
 mod library;
 pub mod manifest;
 mod stored;
+pub(crate) mod stripped;
 
 pub use checksum::Checksum;
+pub(crate) use checksum::{Change, update};
 
+use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -79,6 +83,8 @@ pub struct Slot {
     pub hash: Option<String>,
     /// Why the reader of the file says that new weights cannot go here.
     pub blocked: Option<String>,
+    /// Whether its bytes were left out of the file, so that it must be filled before the file is of use.
+    pub stripped: bool,
 }
 
 impl Slot {
@@ -176,6 +182,8 @@ enum Holds {
 pub struct Artifact {
     path: PathBuf,
     source: Source,
+    /// The file of a stripped artifact, whose source is what the whole file would be.
+    stripped: Option<Source>,
     kind: Kind,
     slots: Vec<Slot>,
     unused: Vec<String>,
@@ -186,7 +194,8 @@ pub struct Artifact {
 /// Whether a file begins like a library, or like an archive that says it is a `.pt2` package. Reads the directory and one
 /// small record.
 pub fn detect(source: &Source) -> bool {
-    library::detect(&**source)
+    stripped::detect(&**source)
+        || library::detect(&**source)
         || Archive::detect(&**source)
             && Archive::open(source.clone()).is_ok_and(|archive| aotinductor::is_package(&archive))
 }
@@ -212,15 +221,56 @@ impl Artifact {
     /// ```
     pub fn open(path: &Path, access: Access, limits: &Limits) -> Result<Self> {
         write::recover(path)?;
-        let source = source::open(path, access)?;
-        let read = if detect(&source) {
-            aotinductor::read(path, source, limits)
-        } else {
-            stored::read(path, source, access, limits)
+        let file = source::open(path, access)?;
+        let read = || {
+            if !stripped::detect(&*file) {
+                return Self::read(path, file, access, limits);
+            }
+            let (whole, left_out) = stripped::read(&file, limits)?;
+            let mut artifact = Self::read(path, whole, access, limits)?;
+            artifact.mark_stripped(&left_out)?;
+            Ok(Self { stripped: Some(file), ..artifact })
         };
-        let artifact = read.map_err(|error| error.in_file(path))?;
-        artifact.check_names().map_err(|error| error.in_file(path))?;
+        read().map_err(|error| error.in_file(path))
+    }
+
+    fn read(path: &Path, source: Source, access: Access, limits: &Limits) -> Result<Self> {
+        let artifact = if detect(&source) {
+            aotinductor::read(path, source, limits)?
+        } else {
+            stored::read(path, source, access, limits)?
+        };
+        artifact.check_names()?;
         Ok(artifact)
+    }
+
+    /// Marks the slots whose bytes are not in the file. What was left out must be slots and nothing else: where code or
+    /// names were, there are zeros now.
+    fn mark_stripped(&mut self, left_out: &[Range<u64>]) -> Result<()> {
+        let mut found = Vec::new();
+        for number in 0..self.slots.len() {
+            let places = self.strippable(&self.slots[number])?;
+            let is_out = |place: &Range<u64>| {
+                let next = left_out.partition_point(|range| range.end < place.end);
+                left_out.get(next).is_some_and(|range| range.start <= place.start && place.end <= range.end)
+            };
+            if !places.is_empty() && places.iter().all(is_out) {
+                self.slots[number].stripped = true;
+                found.extend(places);
+            }
+        }
+        if stripped::merged(found) == left_out {
+            return Ok(());
+        }
+        Err(Error::format("the ranges that were left out are not those of slots").in_record(stripped::ABOUT))
+    }
+
+    /// The places of a slot that can be left out of a file: one that a refit can fill, and that a state_dict has.
+    pub(crate) fn strippable(&self, slot: &Slot) -> Result<Vec<Range<u64>>> {
+        if slot.obstacle().is_some() || slot.region.is_none() || !slot.persistent || slot.nbytes == 0 {
+            return Ok(Vec::new());
+        }
+        Ok(self.places(slot)?.into_iter().map(|place| place..place + slot.nbytes).collect())
     }
 
     /// Refuses a package in which a name means two slots: a key would fill both.
@@ -237,9 +287,31 @@ impl Artifact {
         &self.path
     }
 
-    /// The file's bytes.
+    /// The file's bytes; those of a stripped one are what the whole file's would be, with zeros for weights.
     pub fn source(&self) -> &Source {
         &self.source
+    }
+
+    /// The file that is read.
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.stripped.as_ref().unwrap_or(&self.source).file()
+    }
+
+    /// Whether weights were left out of the file.
+    pub fn is_stripped(&self) -> bool {
+        self.stripped.is_some()
+    }
+
+    /// Refuses a stripped file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`].
+    pub fn check_whole(&self) -> Result<()> {
+        if !self.is_stripped() {
+            return Ok(());
+        }
+        let error = Error::new(ErrorKind::Unsupported, "the file was stripped of its weights").in_file(&self.path);
+        Err(error.with_hint("a refit makes a whole file of it: reweft refit FILE CHECKPOINT -o OUT"))
     }
 
     /// What kind of file it is.
@@ -288,7 +360,8 @@ impl Artifact {
     /// Where a slot's first byte stands in the file. May read the header of its record.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if the file does not hold its bytes as they are.
+    /// [`ErrorKind::Unsupported`] if the file does not hold its bytes as they are. In a stripped file it is the place that
+    /// the bytes will have in the whole one.
     pub fn place(&self, slot: &Slot) -> Result<u64> {
         let place = match slot.region {
             // Where nothing stands there is no place.
@@ -328,8 +401,12 @@ impl Artifact {
     /// Reads a slot's present bytes in its compiled layout.
     ///
     /// # Errors
-    /// As [`place`](Self::place), and read errors. The record's CRC is not compared: a slot is only part of it.
+    /// As [`place`](Self::place), [`ErrorKind::Unsupported`] for a slot that was stripped, and read errors. The record's
+    /// CRC is not compared: a slot is only part of it.
     pub fn read_slot(&self, slot: &Slot) -> Result<Vec<u8>> {
+        if slot.stripped {
+            self.check_whole()?;
+        }
         let start = self.place(slot)?;
         source::read_vec(&*self.source, start, slot.nbytes)
             .map_err(|error| error.of_key(&slot.name).in_file(&self.path))
@@ -375,8 +452,9 @@ impl Artifact {
     /// the CRCs first, which reads all weight bytes; copies none.
     ///
     /// # Errors
-    /// As [`check_weights`](Self::check_weights) and [`place`](Self::place).
+    /// As [`check_weights`](Self::check_weights), [`check_whole`](Self::check_whole) and [`place`](Self::place).
     pub fn weights(&self) -> Result<Checkpoint> {
+        self.check_whole()?;
         if let Holds::Storages(stored) = &self.holds {
             return Ok(stored.checkpoint.clone());
         }

@@ -231,6 +231,9 @@ impl<'a> Planner<'a> {
             None => format!("the checkpoint has none of the slot's names: {}", names.join(", ")),
         };
         let finding = Finding::new(FindingKind::Missing, what).slot(slot).wanted(slot);
+        if slot.stripped {
+            return finding.hint("the artifact was stripped of this slot's bytes, so there is no value to keep");
+        }
         if !slot.persistent {
             return finding.allowed("it is no part of a state_dict, so it keeps its value");
         }

@@ -13,6 +13,7 @@ mod safetensors;
 mod shards;
 mod sharing;
 mod slabs;
+mod strip;
 mod torch;
 mod transfer;
 mod watch;
@@ -22,6 +23,7 @@ pub use convert::{ConvertReport, convert};
 pub use journal::recover;
 pub use options::{ConvertOptions, Shared, TargetFormat, parse_nbytes};
 pub use refit::{RefitReport, VerifyReport, refit, refit_in_place, verify};
+pub use strip::{StripReport, strip};
 
 use std::path::{Path, PathBuf};
 

@@ -339,7 +339,7 @@ impl<'a> Reader<'a> {
         let (unused, unrefittable) = manifest.as_ref().map(Manifest::absent).unwrap_or_default();
         let Self { slots, regions, recomputed, absent, .. } = self;
         let holds = Holds::Program(Box::new(Program { archive, models, regions, manifest, absent, recomputed }));
-        Artifact { path: path.to_owned(), source, kind, slots, unused, unrefittable, holds }
+        Artifact { path: path.to_owned(), source, stripped: None, kind, slots, unused, unrefittable, holds }
     }
 }
 
@@ -546,6 +546,7 @@ impl Row {
             copies: Vec::new(),
             hash: None,
             blocked,
+            stripped: false,
         }
     }
 

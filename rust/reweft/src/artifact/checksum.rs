@@ -1,5 +1,6 @@
 //! CRCs that a file states over ranges of its bytes, and what they become when bytes change.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::container::zip::{Archive, Place};
@@ -86,6 +87,44 @@ impl Checksum {
             shifted.combine(&crc32fast::Hasher::new_with_initial_len(0, behind));
             self.stated ^= shifted.finalize();
         }
+    }
+}
+
+/// Bytes that become others, with the CRCs of both.
+#[derive(Clone, Debug)]
+pub(crate) struct Change {
+    pub range: Range<u64>,
+    pub before: u32,
+    pub after: u32,
+}
+
+/// Brings CRCs up to date with changes of what they cover, from the innermost record to the outermost, because the CRC of
+/// a record in a record is part of what the outer one covers. Gives what is to be written, and where.
+pub(crate) fn update(checksums: Vec<Checksum>, changes: impl IntoIterator<Item = Change>) -> Vec<(u64, Vec<u8>)> {
+    // By where they begin, so that each checksum looks at its own alone.
+    let mut changes: BTreeMap<u64, Change> = changes.into_iter().map(|change| (change.range.start, change)).collect();
+    let mut patches = Vec::new();
+    for mut checksum in checksums {
+        let stated = checksum.stated;
+        for change in changes.range(checksum.covers.clone()).map(|(_, change)| change) {
+            checksum.change(&change.range, change.before, change.after);
+        }
+        if checksum.stated == stated {
+            continue;
+        }
+        let (before, after) = (stated.to_le_bytes(), checksum.stated.to_le_bytes());
+        for at in checksum.at {
+            changes.insert(at, Change::of(at, &before, &after));
+            patches.push((at, after.to_vec()));
+        }
+    }
+    patches
+}
+
+impl Change {
+    pub fn of(at: u64, before: &[u8], after: &[u8]) -> Self {
+        let range = at..at + after.len() as u64;
+        Self { range, before: crc32fast::hash(before), after: crc32fast::hash(after) }
     }
 }
 

@@ -45,7 +45,7 @@ pub(super) fn read(path: &Path, source: Source, access: Access, limits: &Limits)
     // Only exported programs have archives within the archive.
     let archive = if kind == Kind::Exported { Some(Archive::open(source.clone())?) } else { None };
     let holds = Holds::Storages(Box::new(Stored { checkpoint, archive }));
-    Ok(Artifact { path: path.to_owned(), source, kind, slots, unused: Vec::new(), unrefittable, holds })
+    Ok(Artifact { path: path.to_owned(), source, stripped: None, kind, slots, unused: Vec::new(), unrefittable, holds })
 }
 
 /// Tensors that are the same are one slot with several names.
@@ -77,6 +77,7 @@ fn slots(checkpoint: &Checkpoint, kind: Kind) -> Result<Vec<Slot>> {
             copies: Vec::new(),
             hash: None,
             blocked: blocked(storage).map(str::to_owned),
+            stripped: false,
         });
     }
     block_overlaps(&mut slots);

@@ -7,6 +7,7 @@ use reweft_pickle::Pickle;
 
 use super::rebuild::Saved;
 use super::{OpenOptions, Read, safetensors, shards, torch_legacy, torch_tar, torch_zip};
+use crate::artifact::stripped;
 use crate::container::{tar, zip::Archive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{self, ReadAt, Source};
@@ -44,7 +45,10 @@ enum Kind {
 impl Kind {
     /// Tells by content; an error says what the file is instead.
     fn of(source: &dyn ReadAt, head: &[u8], options: &OpenOptions) -> Result<Self> {
-        if Archive::detect(source) {
+        if stripped::detect(source) {
+            let error = Error::new(ErrorKind::Unsupported, "this is an artifact that was stripped of its weights");
+            Err(error.with_hint("a refit puts weights into it: reweft refit FILE CHECKPOINT -o OUT"))
+        } else if Archive::detect(source) {
             Ok(Self::Zip)
         } else if tar::detect(head) {
             Ok(Self::Tar)

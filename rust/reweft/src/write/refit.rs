@@ -3,7 +3,6 @@
 //! Nothing changes its size, so nothing moves. What is written are the slots' bytes, the CRCs around them and the hashes
 //! in the manifest; every other byte stays.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -18,7 +17,7 @@ use super::parallel::{self, Progressed};
 use super::slabs::{SLAB_NBYTES, Slabs};
 use super::watch::Watch;
 use super::{AtomicFile, Progress, refuse_same_file};
-use crate::artifact::{Artifact, Checksum, Slot, manifest};
+use crate::artifact::{Artifact, Change, Checksum, Slot, manifest, update};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Finding, Plan, Refill};
@@ -97,7 +96,7 @@ pub fn refit(
         file.write_at(&bytes, at)?;
     }
     job.finish()?;
-    if let Some(source) = artifact.source().file() {
+    if let Some(source) = artifact.file() {
         file.keep_attributes(source)?;
     }
     file.commit()?;
@@ -117,8 +116,8 @@ pub fn refit(
 /// the new bytes would show in every mapping of it. Do not move a file away from its journal before it is finished.
 ///
 /// # Errors
-/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if the checkpoint is the artifact, or
-/// somebody has it mapped or writes to it; [`ErrorKind::Format`] if it is not the file that was planned with;
+/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Unsupported`] for a stripped artifact;
+/// [`ErrorKind::Usage`] if the checkpoint is the artifact, or somebody has it mapped or writes to it; [`ErrorKind::Format`] if it is not the file that was planned with;
 /// read errors and [`ErrorKind::Io`]. The artifact is then as it was, unless the hint says that the rewrite is done or is to
 /// be finished.
 pub fn refit_in_place(
@@ -128,6 +127,7 @@ pub fn refit_in_place(
     progress: Progress<'_>,
 ) -> Result<RefitReport> {
     plan.check()?;
+    artifact.check_whole()?;
     refuse_own_bytes(artifact, checkpoint)?;
     let locked = Locked::open(artifact.path())?;
     locked.check_is(artifact.source())?;
@@ -174,13 +174,15 @@ pub struct VerifyReport {
 /// and compares the CRCs of the records that they are in, and the hashes that a manifest states.
 ///
 /// # Errors
-/// Read errors, and [`ErrorKind::Format`] for a wrong CRC. Differences are in the report.
+/// Read errors, [`ErrorKind::Format`] for a wrong CRC, [`ErrorKind::Unsupported`] for a stripped artifact. Differences are
+/// in the report.
 pub fn verify(
     plan: &Plan,
     artifact: &Artifact,
     checkpoint: &Checkpoint,
     progress: Progress<'_>,
 ) -> Result<VerifyReport> {
+    artifact.check_whole()?;
     let mut differences: Vec<Finding> = plan.blocking().cloned().collect();
     let mut nbytes = 0;
     // Without bytes to compare the plan says so.
@@ -213,7 +215,7 @@ pub fn verify(
 /// The checkpoint must not be read from the file that is rewritten.
 fn refuse_own_bytes(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> {
     let identity = |file: &File| file.metadata().ok().map(|found| (found.dev(), found.ino()));
-    let own = artifact.source().file().and_then(identity);
+    let own = artifact.file().and_then(identity);
     if own.is_some() && checkpoint.files().any(|file| identity(file) == own) {
         let what = "the checkpoint lies in the artifact itself";
         return Err(Error::new(ErrorKind::Usage, what).in_file(artifact.path()).with_hint("write a copy with -o"));
@@ -235,8 +237,8 @@ struct Fill<'a> {
 impl Fill<'_> {
     /// What stands against calling a slot filled.
     fn differences(&self, found: &Filled) -> Vec<Finding> {
-        let differ: u64 = found.changes.iter().map(|change| change.differ).sum();
         if found.changed {
+            let differ = found.differ;
             let nbytes = self.slot.nbytes * self.places.len() as u64;
             return vec![Finding::value(self.slot, format!("{differ} of {nbytes} bytes differ from the checkpoint"))];
         }
@@ -252,26 +254,11 @@ struct Filled {
     /// Number of the slot.
     slot: usize,
     changed: bool,
+    /// How many bytes differ, if the job counts them.
+    differ: u64,
     /// BLAKE3 of the new bytes, if the manifest wants it.
     hash: Option<String>,
     changes: Vec<Change>,
-}
-
-/// Bytes that became others, with the CRCs of both.
-#[derive(Clone)]
-struct Change {
-    range: Range<u64>,
-    before: u32,
-    after: u32,
-    /// How many differ, if the job counts them.
-    differ: u64,
-}
-
-impl Change {
-    fn of(at: u64, before: &[u8], after: &[u8]) -> Self {
-        let (range, differ) = (at..at + after.len() as u64, differ(before, after));
-        Self { range, before: crc32fast::hash(before), after: crc32fast::hash(after), differ }
-    }
 }
 
 fn differ(before: &[u8], after: &[u8]) -> u64 {
@@ -313,7 +300,7 @@ impl<'a> Job<'a> {
         let fills: Vec<_> = fills.collect::<Result<_>>()?;
         let checksums = artifact.checksums(fills.iter().map(|fill| fill.slot))?;
         let watch = [
-            Watch::new(artifact.path(), artifact.source().file().into_iter())?,
+            Watch::new(artifact.path(), artifact.file().into_iter())?,
             Watch::new(checkpoint.path(), checkpoint.files())?,
         ];
         let (counts, buffers) = (false, Mutex::default());
@@ -351,7 +338,7 @@ impl<'a> Job<'a> {
         let lock = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let Buffers { mut new, mut old } = lock().pop().unwrap_or_default();
         let mut hasher = self.artifact.manifest().map(|_| blake3::Hasher::new());
-        let mut filled = Filled { slot: fill.refill.slot, changed: false, hash: None, changes: Vec::new() };
+        let mut filled = Filled { slot: fill.refill.slot, changed: false, differ: 0, hash: None, changes: Vec::new() };
         let mut first = 0;
         let mut take = |bytes: &[u8]| {
             if let Some(hasher) = &mut hasher {
@@ -359,9 +346,10 @@ impl<'a> Job<'a> {
             }
             for place in &fill.places {
                 let at = place + first;
-                let change = self.compare(at, bytes, &mut old)?;
+                let (change, differ) = self.compare(at, bytes, &mut old)?;
                 write(at, bytes, change.is_some())?;
                 filled.changed |= change.is_some();
+                filled.differ += differ;
                 filled.changes.extend(change);
                 done.add(bytes.len() as u64)?;
             }
@@ -399,8 +387,9 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Compares bytes with those at a place of the artifact; `None` if they are the same.
-    fn compare(&self, at: u64, new: &[u8], old: &mut Vec<u8>) -> Result<Option<Change>> {
+    /// Compares bytes with those at a place of the artifact; no change if they are the same. Counts those that differ if the
+    /// job does.
+    fn compare(&self, at: u64, new: &[u8], old: &mut Vec<u8>) -> Result<(Option<Change>, u64)> {
         old.resize(CHUNK_NBYTES, 0);
         let (mut before, mut changed, mut count, mut from) = (crc32fast::Hasher::new(), false, 0, at);
         for chunk in new.chunks(CHUNK_NBYTES) {
@@ -415,36 +404,20 @@ impl<'a> Job<'a> {
             from += chunk.len() as u64;
         }
         let (range, before) = (at..from, before.finalize());
-        Ok(changed.then(|| Change { range, before, after: crc32fast::hash(new), differ: count }))
+        Ok((changed.then(|| Change { range, before, after: crc32fast::hash(new) }), count))
     }
 
-    /// What is to be written beside the slots: the manifest with new hashes, then each CRC, from the innermost record to
-    /// the outermost, because the CRC of a record in a record is part of what the outer one covers.
+    /// What is to be written beside the slots: the manifest with new hashes, then the CRCs.
     fn patches(&self, filled: &[Filled]) -> Result<Vec<(u64, Vec<u8>)>> {
         let mut patches = Vec::new();
         let mut checksums = self.checksums.clone();
-        // By where they begin, so that each checksum looks at its own alone.
-        let changes = filled.iter().flat_map(|filled| filled.changes.iter().cloned());
-        let mut changes: BTreeMap<u64, Change> = changes.map(|change| (change.range.start, change)).collect();
+        let mut changes: Vec<Change> = filled.iter().flat_map(|filled| filled.changes.iter().cloned()).collect();
         if let Some((change, bytes)) = self.new_manifest(filled)? {
             checksums.extend(self.manifest_checksum()?);
             patches.push((change.range.start, bytes));
-            changes.insert(change.range.start, change);
+            changes.push(change);
         }
-        for mut checksum in checksums {
-            let stated = checksum.stated;
-            for change in changes.range(checksum.covers.clone()).map(|(_, change)| change) {
-                checksum.change(&change.range, change.before, change.after);
-            }
-            if checksum.stated == stated {
-                continue;
-            }
-            for at in &checksum.at {
-                let (before, after) = (stated.to_le_bytes(), checksum.stated.to_le_bytes());
-                changes.insert(*at, Change::of(*at, &before, &after));
-                patches.push((*at, after.to_vec()));
-            }
-        }
+        patches.extend(update(checksums, changes));
         Ok(patches)
     }
 

@@ -6,7 +6,7 @@ use reweft::artifact::manifest::{Input, Origin, Origins, seal};
 use reweft::plan::{Allow, FindingKind, Plan, plan};
 use reweft::source::{Access, Source};
 use reweft::tensor::contiguous;
-use reweft::write::{refit, verify};
+use reweft::write::{refit, strip, verify};
 use reweft::{Artifact, Checkpoint, Dtype, ErrorKind, Limits, OpenOptions, Result, TensorInfo};
 
 use crate::fixture;
@@ -248,4 +248,22 @@ fn a_prefix_before_every_key_is_recognised() {
     let hints: Vec<&str> = plan.findings.iter().filter_map(|finding| finding.hint.as_deref()).collect();
     assert_eq!(hints.len(), 6);
     assert!(hints.iter().all(|hint| hint.contains(r"--remap '^module\.='")), "{hints:?}");
+}
+
+#[test]
+fn a_stripped_package_gives_what_the_whole_gives() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, stripped, filled] = ["whole", "stripped", "filled"].map(|name| folder.path().join(name));
+    for package in [fixture("packages/plain.pt2"), sealed(folder.path())] {
+        let report = strip(&artifact(&package), &[], &stripped, &mut |_, _| ()).unwrap();
+        assert_eq!((report.slots, report.nbytes, report.kept.len()), (3, 40, 0));
+        refitted(&package, &memory(&weights(5.0)), &whole).unwrap();
+        refitted(&stripped, &memory(&weights(5.0)), &filled).unwrap();
+        assert_eq!(std::fs::read(&filled).unwrap(), std::fs::read(&whole).unwrap());
+        let present = artifact(&stripped);
+        assert!(present.is_stripped() && present.slots().iter().all(|slot| slot.stripped));
+        assert_eq!(present.read_slot(&present.slots()[0]).unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(present.weights().unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(strip(&present, &[], &filled, &mut |_, _| ()).unwrap_err().kind(), ErrorKind::Usage);
+    }
 }

@@ -198,3 +198,34 @@ def test_names_that_are_no_text_have_journals_of_their_own(in_place: Subject, tm
         code, stderr = run(trial.inspect_line(name))
         assert code == 0, stderr
         assert name.read_bytes() == in_place.files.new
+
+
+@pytest.mark.parametrize("opened_as", ["link", "file"])
+def test_rewrite_through_a_link_is_finished_by_either_name(opened_as: str, in_place: Subject, tmp_path: Path) -> None:
+    """The journal lies beside the file, as caches of models have links in one folder and files in another."""
+    writes = writes_of(in_place, tmp_path / "whole")
+
+    def finished(number: int, call: Call) -> None:
+        trial = in_place.trial(tmp_path / f"{number}" / "blobs")
+        link = tmp_path / f"{number}" / f"link{in_place.files.suffix}"
+        link.symlink_to(trial.artifact.relative_to(link.parent))
+        assert trial.traced(trial.refit_line(artifact=link), *call.inject("signal=SIGKILL")).killed
+        assert trial.journal.exists()
+        code, stderr = run(trial.inspect_line(link if opened_as == "link" else None))
+        assert code == 0, stderr
+        assert (trial.found(), trial.journal.exists(), trial.strays()) == ("new", False, set())
+        assert link.is_symlink()
+        assert {path.name for path in link.parent.iterdir()} == {link.name, "blobs", "blobs.strace"}
+
+    each("in place, through a link", [writes[0], writes[-1]], finished)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_journal_is_for_those_who_may_read_the_file(mode: int, in_place: Subject, tmp_path: Path) -> None:
+    first = writes_of(in_place, tmp_path / "whole")[0]
+    trial = in_place.trial(tmp_path / "x")
+    trial.artifact.chmod(mode)
+    if os.geteuid() == 0:
+        os.chown(trial.artifact, 12345, 54321)
+    found, wanted = interrupted(trial, first).journal.stat(), trial.artifact.stat()
+    assert (found.st_mode, found.st_uid, found.st_gid) == (wanted.st_mode, wanted.st_uid, wanted.st_gid)

@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 
 /// Name prefix of temporary files, so that one left by a power cut is recognised.
 const PREFIX: &str = ".reweft-";
+/// Mode of a file that only its owner reads.
+pub(super) const PRIVATE: u32 = 0o600;
 
 /// A temporary file in the folder of its target. Dropped before [`commit`](Self::commit), it is removed.
 #[derive(Debug)]
@@ -26,13 +28,25 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) if the folder does not exist or cannot be written to, or if `target` is
     /// something that a rename must not replace: a folder, a device, a pipe.
     pub fn create(target: &Path) -> Result<Self> {
+        Self::with_mode(target, 0o666)
+    }
+
+    /// Creates the temporary file, readable by its owner alone until [`keep_attributes`](Self::keep_attributes).
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub(super) fn create_private(target: &Path) -> Result<Self> {
+        Self::with_mode(target, PRIVATE)
+    }
+
+    fn with_mode(target: &Path, mode: u32) -> Result<Self> {
         if fs::symlink_metadata(target).is_ok_and(|found| !found.is_file() && !found.is_symlink()) {
             let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
             return Err(Error::io("create: not a regular file", error).in_file(target));
         }
         // A journal of what is replaced here would be taken for one of the new file.
         super::recover(target)?;
-        Ok(Self { file: temporary(target)?, target: target.to_owned() })
+        Ok(Self { file: temporary(target, mode)?, target: target.to_owned() })
     }
 
     /// The open file.
@@ -60,11 +74,10 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn keep_attributes(&self, of: &File) -> Result<()> {
         let found = of.metadata().map_err(|error| self.failed("stat", error))?;
-        // Only a privileged process may give files away. Owner first: changing it clears bits of the mode.
-        let _ = std::os::unix::fs::fchown(self.as_file(), Some(found.uid()), Some(found.gid()));
-        self.as_file().set_permissions(found.permissions()).map_err(|error| self.failed("chmod", error))?;
+        // Mode last: changing the owner clears bits of it, and a file that is not to be written takes no attributes.
+        keep_owner(&found, self.as_file());
         copy_xattrs(of, self.as_file());
-        Ok(())
+        self.as_file().set_permissions(found.permissions()).map_err(|error| self.failed("chmod", error))
     }
 
     /// Syncs the file, renames it to its target and syncs the folder. After an error the target is as it was, unless the
@@ -118,11 +131,18 @@ fn copy_xattrs(from: &File, to: &File) {
     }
 }
 
-/// A temporary file in the folder of its target, with the permissions that the process's umask leaves a new file.
-pub(super) fn temporary(target: &Path) -> Result<NamedTempFile> {
+/// Gives a file the owner and group of another one, or the group alone, as far as the system lets this process.
+pub(super) fn keep_owner(of: &fs::Metadata, file: &File) {
+    // Only a privileged process may give files away; anybody may to a group of their own.
+    let chown = |uid| std::os::unix::fs::fchown(file, uid, Some(of.gid()));
+    let _ = chown(Some(of.uid())).or_else(|_| chown(None));
+}
+
+/// A temporary file in the folder of its target, with what the process's umask leaves of a mode.
+pub(super) fn temporary(target: &Path, mode: u32) -> Result<NamedTempFile> {
     let file = tempfile::Builder::new()
         .prefix(PREFIX)
-        .permissions(fs::Permissions::from_mode(0o666))
+        .permissions(fs::Permissions::from_mode(mode))
         .tempfile_in(folder(target));
     file.map_err(|error| Error::io("create", error).in_file(target))
 }

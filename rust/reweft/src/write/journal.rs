@@ -22,7 +22,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
-use super::atomic::{sync_folder, temporary};
+use super::atomic::{PRIVATE, keep_owner, sync_folder, temporary};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
@@ -88,6 +88,16 @@ impl Locked {
         Err(Error::format("the file was replaced after it was opened").in_file(&self.path))
     }
 
+    /// A temporary file beside this one, for those alone who may read this one.
+    fn temporary(&self) -> Result<NamedTempFile> {
+        let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.path);
+        let found = self.file.metadata().map_err(|error| failed("stat", error))?;
+        let file = temporary(&self.path, PRIVATE)?;
+        keep_owner(&found, file.as_file());
+        file.as_file().set_permissions(found.permissions()).map_err(|error| failed("chmod the journal", error))?;
+        Ok(file)
+    }
+
     fn inode(&self) -> Result<(u64, u64)> {
         let found = self.file.metadata().map_err(|error| Error::io("stat", error).in_file(&self.path))?;
         Ok((found.ino(), found.len()))
@@ -129,7 +139,7 @@ impl<'a> Journal<'a> {
     /// # Errors
     /// [`ErrorKind::Io`].
     pub fn begin(locked: &'a Locked) -> Result<Self> {
-        let file = temporary(&locked.path)?;
+        let file = locked.temporary()?;
         let out = BufWriter::with_capacity(CHUNK_NBYTES, Hashed { inner: file, hasher: blake3::Hasher::new() });
         let mut journal = Self { locked, out, ranges: Vec::new() };
         let (inode, length) = locked.inode()?;

@@ -11,12 +11,13 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
+use super::convert::refuse_source;
 use super::copy::{clone_whole, copy_range};
 use super::journal::{Journal, Locked};
 use super::parallel::{self, Progressed};
 use super::slabs::{SLAB_NBYTES, Slabs};
 use super::watch::Watch;
-use super::{AtomicFile, Progress, refuse_same_file};
+use super::{AtomicFile, Progress};
 use crate::artifact::{Artifact, Change, Checksum, Slot, manifest, update};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
@@ -56,8 +57,8 @@ pub struct RefitReport {
 /// several names only this one becomes the new file.
 ///
 /// # Errors
-/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if `out` is the checkpoint or the
-/// plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes meanwhile; read errors and
+/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if `out` is a file of the
+/// checkpoint or the plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes meanwhile; read errors and
 /// [`ErrorKind::Io`]. `out` is then as it was.
 pub fn refit(
     plan: &Plan,
@@ -66,10 +67,10 @@ pub fn refit(
     out: &Path,
     progress: Progress<'_>,
 ) -> Result<RefitReport> {
-    refuse_same_file(out, checkpoint.path(), "the checkpoint")?;
+    refuse_source(checkpoint, out)?;
     plan.check()?;
     let job = Job::new(plan, artifact, checkpoint)?;
-    let file = AtomicFile::create(out)?;
+    let file = AtomicFile::create_private(out)?;
     let kept = if clone_whole(artifact.source(), &file) { Vec::new() } else { job.kept() };
     let checksums = Checksum::outermost(&job.checksums);
     let count = checksums.len() + job.fills.len() + kept.len();

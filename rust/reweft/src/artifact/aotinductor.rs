@@ -11,6 +11,7 @@ use indexmap::IndexMap;
 use regex::Regex;
 
 use super::manifest::{self, Manifest};
+use super::stored::block_overlaps;
 use super::{Absent, Artifact, Checksum, Holds, Kind, Slot, SlotKind, library};
 use crate::checkpoint::json::{self, Unique};
 use crate::checkpoint::{Checkpoint, OpenOptions};
@@ -306,12 +307,11 @@ impl<'a> Reader<'a> {
                 return Err(Error::format("the program and the weights beside it differ in shape").of_key(&slot.name));
             }
             let place = (disk.region, slot.dtype.nbytes(disk.storage_offset).unwrap_or(u64::MAX));
-            if let Some(number) = self.on_disk.get(&place) {
+            // Others that begin there share some of its bytes, and are blocked for it.
+            let same =
+                |other: &Slot| (other.dtype, &other.shape, &other.strides) == (slot.dtype, &slot.shape, &slot.strides);
+            if let Some(number) = self.on_disk.get(&place).filter(|number| same(&self.slots[**number])) {
                 let other = &mut self.slots[*number];
-                if (other.dtype, &other.shape, &other.strides) != (slot.dtype, &slot.shape, &slot.strides) {
-                    let what = format!("it shares its bytes with {:?}, which is of another shape", other.name);
-                    return Err(Error::format(what).of_key(&slot.name));
-                }
                 other.copies.extend(slot.region.map(|region| (region, slot.byte_offset)));
                 other.aliases.push(slot.name);
                 continue;
@@ -337,7 +337,8 @@ impl<'a> Reader<'a> {
         manifest: Option<Manifest>,
     ) -> Artifact {
         let (unused, unrefittable) = manifest.as_ref().map(Manifest::absent).unwrap_or_default();
-        let Self { slots, regions, recomputed, absent, .. } = self;
+        let Self { mut slots, regions, recomputed, absent, .. } = self;
+        block_overlaps(&mut slots);
         let holds = Holds::Program(Box::new(Program { archive, models, regions, manifest, absent, recomputed }));
         Artifact { path: path.to_owned(), source, stripped: None, kind, slots, unused, unrefittable, holds }
     }

@@ -2,6 +2,7 @@
 //! checkpoints finds them; here each becomes a slot.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use super::{Artifact, Checksum, Holds, Kind, Slot, SlotKind, Unrefittable};
@@ -10,7 +11,7 @@ use crate::container::zip::Archive;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 use crate::source::{Access, Source, origin};
-use crate::tensor::TensorInfo;
+use crate::tensor::{TensorInfo, is_dense, span};
 
 /// The tensors of the file, and the archive that it is.
 #[derive(Debug)]
@@ -38,18 +39,19 @@ pub(super) fn read(path: &Path, source: Source, access: Access, limits: &Limits)
         }
         _ => Kind::Checkpoint,
     };
-    let slots = slots(&checkpoint, kind)?;
     let unreadable = checkpoint.unreadable();
     let unrefittable = unreadable.map(|(key, why)| Unrefittable { name: key.to_owned(), reason: why.to_owned() });
     let unrefittable = unrefittable.collect();
     // Only exported programs have archives within the archive.
     let archive = if kind == Kind::Exported { Some(Archive::open(source.clone())?) } else { None };
+    let slots = slots(&checkpoint, kind, archive.as_ref())?;
     let holds = Holds::Storages(Box::new(Stored { checkpoint, archive }));
     Ok(Artifact { path: path.to_owned(), source, stripped: None, kind, slots, unused: Vec::new(), unrefittable, holds })
 }
 
 /// Tensors that are the same are one slot with several names.
-fn slots(checkpoint: &Checkpoint, kind: Kind) -> Result<Vec<Slot>> {
+fn slots(checkpoint: &Checkpoint, kind: Kind, archive: Option<&Archive>) -> Result<Vec<Slot>> {
+    let constants = archive.map(constants).unwrap_or_default();
     let mut numbers: HashMap<&TensorInfo, usize> = HashMap::with_capacity(checkpoint.len());
     let mut slots: Vec<Slot> = Vec::with_capacity(checkpoint.len());
     for (key, info) in checkpoint.tensors() {
@@ -65,7 +67,7 @@ fn slots(checkpoint: &Checkpoint, kind: Kind) -> Result<Vec<Slot>> {
             aliases: Vec::new(),
             constant: String::new(),
             kind: SlotKind::Tensor,
-            persistent: is_persistent(kind, key, storage),
+            persistent: is_persistent(kind, key, storage, &constants),
             mutated: false,
             dtype: info.dtype,
             shape: info.shape.clone(),
@@ -85,12 +87,31 @@ fn slots(checkpoint: &Checkpoint, kind: Kind) -> Result<Vec<Slot>> {
 }
 
 /// Whether a state_dict has a tensor: constants of a program are in none.
-fn is_persistent(kind: Kind, key: &str, storage: &Storage) -> bool {
+fn is_persistent(kind: Kind, key: &str, storage: &Storage, constants: &[Range<u64>]) -> bool {
     match kind {
-        Kind::Exported => !storage.name().contains("/data/constants/"),
+        Kind::Exported => {
+            // An archive of its own is as much a constant as the record that it is.
+            let base = storage.archive_record().map_or(0, |(archive, _)| origin(archive.source()).1);
+            let number = constants.partition_point(|range| range.end <= base);
+            let is_within = base > 0 && constants.get(number).is_some_and(|range| range.contains(&base));
+            !is_within && !is_constant(storage.name())
+        }
         Kind::TorchScript => !key.starts_with("constants.c"),
         _ => true,
     }
+}
+
+/// The records of an exported program that hold constants, in the order of their bytes.
+fn constants(archive: &Archive) -> Vec<Range<u64>> {
+    let records = archive.entries().iter().filter(|(name, _)| is_constant(name));
+    let mut ranges: Vec<_> = records.map(|(_, entry)| entry.extent()).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges
+}
+
+/// By the name of a record; the second is of torch before 2.8.
+fn is_constant(record: &str) -> bool {
+    record.contains("/data/constants/") || record == "serialized_constants.pt"
 }
 
 fn blocked(storage: &Storage) -> Option<&'static str> {
@@ -105,24 +126,45 @@ fn blocked(storage: &Storage) -> Option<&'static str> {
     }
 }
 
-/// Slots that share some of their bytes would write over each other.
-fn block_overlaps(slots: &mut [Slot]) {
-    let mut order: Vec<usize> = (0..slots.len()).filter(|number| slots[*number].nbytes > 0).collect();
-    order.sort_by_key(|number| (slots[*number].region, slots[*number].byte_offset));
-    let mut last: Option<usize> = None;
-    for number in order {
-        let end = |number: usize| slots[number].byte_offset + slots[number].nbytes;
-        let overlapped =
-            last.filter(|last| slots[*last].region == slots[number].region && slots[number].byte_offset < end(*last));
-        if last.is_none() || overlapped.is_none() || last.is_some_and(|last| end(last) < end(number)) {
-            last = Some(number);
+/// Blocks slots that share some of their bytes, in any of their places: they would write over each other.
+pub(super) fn block_overlaps(slots: &mut [Slot]) {
+    let mut places: Vec<(usize, u64, u64, usize)> = Vec::with_capacity(slots.len());
+    for (number, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.nbytes > 0) {
+        let own = slot.region.map(|region| (region, slot.byte_offset));
+        let all = own.into_iter().chain(slot.copies.iter().copied());
+        places.extend(all.map(|(region, start)| (region, start, start.saturating_add(reach(slot)), number)));
+    }
+    places.sort_unstable();
+    let mut last: Option<(usize, u64, u64, usize)> = None;
+    for place in places {
+        let (region, start, end, number) = place;
+        let overlapped = last.filter(|last| last.0 == region && start < last.2);
+        if overlapped.is_none_or(|last| last.2 < end) {
+            last = Some(place);
         }
-        if let Some(other) = overlapped {
-            for (one, two) in [(number, other), (other, number)] {
-                let what = format!("it shares some of its bytes with {:?}", slots[two].name);
-                slots[one].blocked.get_or_insert(what);
-            }
+        if let Some((.., other)) = overlapped {
+            block(slots, number, other);
+            block(slots, other, number);
         }
+    }
+}
+
+/// Bytes from the first element to the last: a view with gaps has fewer.
+fn reach(slot: &Slot) -> u64 {
+    span(&slot.shape, &slot.strides).and_then(|elements| slot.dtype.nbytes(elements)).unwrap_or(slot.nbytes)
+}
+
+fn block(slots: &mut [Slot], number: usize, by: usize) {
+    let other = &slots[by];
+    let what = if is_dense(&other.shape, &other.strides) {
+        format!("it shares some of its bytes with {:?}", other.name)
+    } else {
+        format!("it lies among the bytes of {:?}, a view with gaps or repeats", other.name)
+    };
+    let slot = &mut slots[number];
+    // That a slot is itself such a view is said anyway.
+    if is_dense(&slot.shape, &slot.strides) {
+        slot.blocked.get_or_insert(what);
     }
 }
 
@@ -167,21 +209,30 @@ mod tests {
 
     #[test]
     fn overlaps_block_both() {
-        let storages: Vec<Source> = vec![Arc::new(vec![0_u8; 64])];
-        let info = |first: u64, numel: u64| TensorInfo {
-            dtype: crate::Dtype::U8,
-            shape: vec![numel],
-            strides: vec![1],
-            storage: 0,
-            storage_offset: first,
-        };
         let tensors =
             [("all", 0, 40), ("part", 4, 4), ("later", 30, 5), ("tied", 0, 40), ("free", 40, 8), ("none", 5, 0)];
-        let tensors = tensors.map(|(key, first, numel)| (key.to_owned(), info(first, numel)));
-        let checkpoint = Checkpoint::from_memory("x".as_ref(), storages, tensors).unwrap();
-        let slots = slots(&checkpoint, Kind::Checkpoint).unwrap();
+        let slots = slots_of(&tensors.map(|(key, first, numel)| (key, first, numel, 1)));
         let blocked: Vec<_> = slots.iter().filter(|slot| slot.blocked.is_some()).map(|slot| &slot.name[..]).collect();
         assert_eq!(blocked, ["all", "part", "later"]);
         assert_eq!(slots[0].aliases, ["tied"]);
+    }
+
+    #[test]
+    fn a_view_with_gaps_blocks_what_lies_among_its_bytes() {
+        let slots = slots_of(&[("even", 0, 8, 2), ("odd", 1, 8, 2), ("within", 12, 3, 1), ("behind", 16, 4, 1)]);
+        let blocked = slots.iter().map(|slot| slot.blocked.as_deref());
+        let within = "it lies among the bytes of \"odd\", a view with gaps or repeats";
+        assert_eq!(blocked.collect::<Vec<_>>(), [None, None, Some(within), None]);
+        assert!(slots[..2].iter().all(|slot| slot.obstacle().is_some_and(|why| why.contains("a view with gaps"))));
+    }
+
+    /// Slots on one storage of 64 bytes: name, first byte, elements, stride.
+    fn slots_of(tensors: &[(&str, u64, u64, u64)]) -> Vec<Slot> {
+        let storages: Vec<Source> = vec![Arc::new(vec![0_u8; 64])];
+        let infos = tensors.iter().map(|(key, storage_offset, numel, stride)| {
+            let (shape, strides, storage_offset) = (vec![*numel], vec![*stride], *storage_offset);
+            ((*key).to_owned(), TensorInfo { dtype: crate::Dtype::U8, shape, strides, storage: 0, storage_offset })
+        });
+        slots(&Checkpoint::from_memory("x".as_ref(), storages, infos).unwrap(), Kind::Checkpoint, None).unwrap()
     }
 }

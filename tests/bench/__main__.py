@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from . import calling, compiling, converting, files, opening, processes, refitting, replacing
+from . import calling, compiling, converting, files, huge, opening, processes, refitting, replacing
 from .machine import Others, facts
 from .rows import table
 from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
 
 MODEL_TOPICS = (compiling, replacing, calling)
-FILE_TOPICS = (opening, converting, refitting)
+FILE_TOPICS = (opening, converting, refitting, huge)
 
 
 def say(text: str) -> None:

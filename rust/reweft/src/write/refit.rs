@@ -57,9 +57,9 @@ pub struct RefitReport {
 /// several names only this one becomes the new file.
 ///
 /// # Errors
-/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if `out` is a file of the
-/// checkpoint or the plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes meanwhile; read errors and
-/// [`ErrorKind::Io`]. `out` is then as it was.
+/// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if `out` is a file of the checkpoint
+/// or the plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes meanwhile; read errors
+/// and [`ErrorKind::Io`]. `out` is then as it was.
 pub fn refit(
     plan: &Plan,
     artifact: &Artifact,

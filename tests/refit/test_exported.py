@@ -51,7 +51,7 @@ class Ties(nn.Module):
         self.constant = torch.full((4,), 2.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.tied(self.fc(x)) * self.constant + self.steps.sum()
+        out: torch.Tensor = self.tied(self.fc(x)) * self.constant + self.get_buffer("steps").sum()
         return out
 
 
@@ -307,13 +307,14 @@ class TestSharedStorage:
         self.refused(package, new, "first", "a view with gaps")
         self.refused(package, {"second": new["second"]}, "second", 'among the bytes of "first"', allow_missing=True)
 
-    def refused(self, package: Path, values: Mapping[str, torch.Tensor], key: str, why: str, **allowed: bool) -> None:
+    def refused(self, package: Path, values: Mapping[str, torch.Tensor], key: str, why: str, **allowed: Any) -> None:
         before, out = package.read_bytes(), package.with_name("b.pt2")
         new = save(dict(values), package.with_name("new.pt"))
         findings = {finding.key: finding for finding in reweft.plan(package, new, **allowed).findings}
         assert (findings[key].kind, findings[key].blocking) == ("unrefittable", True)
         assert why in findings[key].what
-        for options in ({"out": out}, {"in_place": True}):
+        targets: list[dict[str, Any]] = [{"out": out}, {"in_place": True}]
+        for options in targets:
             with pytest.raises(reweft.MismatchError) as error:
                 reweft.refit(package, new, **allowed, **options)
             assert_says(error, package, key, why)

@@ -68,7 +68,31 @@ impl Checksum {
     /// # Errors
     /// [`ErrorKind::Format`](crate::ErrorKind::Format) for another CRC; read errors.
     pub fn check(&self, file: &dyn ReadAt) -> Result<()> {
-        let found = source::crc(file, self.covers.start, self.covers.end - self.covers.start)?;
+        self.compare(source::crc(file, self.covers.start, self.covers.end - self.covers.start)?)
+    }
+
+    /// Compares it with the CRCs of pieces, each with its range of the file, in order. Pieces that do not make up the
+    /// bytes exactly prove nothing: then all bytes are read.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub(crate) fn check_joined(
+        &self,
+        pieces: impl Iterator<Item = (Range<u64>, u32)>,
+        file: &dyn ReadAt,
+    ) -> Result<()> {
+        let (mut joined, mut at) = (crc32fast::Hasher::new(), self.covers.start);
+        for (range, crc) in pieces {
+            if range.start != at {
+                return self.check(file);
+            }
+            joined.combine(&crc32fast::Hasher::new_with_initial_len(crc, range.end - range.start));
+            at = range.end;
+        }
+        if at == self.covers.end { self.compare(joined.finalize()) } else { self.check(file) }
+    }
+
+    fn compare(&self, found: u32) -> Result<()> {
         if found == self.stated {
             return Ok(());
         }
@@ -139,6 +163,27 @@ mod tests {
         let covers = |found: Vec<&Checksum>| found.iter().map(|found| found.covers.clone()).collect::<Vec<_>>();
         assert_eq!(covers(Checksum::outermost(&checksums)), [0..30, 30..40, 30..40, 50..60]);
         assert!(Checksum::outermost(&[]).is_empty());
+    }
+
+    #[test]
+    fn pieces_that_make_up_the_bytes_save_reading_them() {
+        let bytes: Vec<u8> = (0..=255).cycle().take(1000).collect();
+        let stated = crc32fast::hash(&bytes[100..900]);
+        let checksum = Checksum { record: "x".into(), covers: 100..900, stated, at: Vec::new() };
+        let nothing: Vec<u8> = Vec::new();
+        let joined = |cuts: &[usize], file: &Vec<u8>| {
+            let pieces =
+                cuts.chunks(2).map(|cut| (cut[0] as u64..cut[1] as u64, crc32fast::hash(&bytes[cut[0]..cut[1]])));
+            checksum.check_joined(pieces, file).is_ok()
+        };
+        for cuts in [&[100, 900][..], &[100, 101, 101, 899, 899, 900]] {
+            assert!(joined(cuts, &nothing), "{cuts:?}");
+        }
+        // A gap, an overlap, an end too early or too late, nothing at all: only the bytes can tell.
+        for cuts in [&[101, 900][..], &[100, 500, 501, 900], &[100, 500, 499, 900], &[100, 899], &[100, 901], &[]] {
+            assert!(!joined(cuts, &nothing) && joined(cuts, &bytes), "{cuts:?}");
+        }
+        assert!(checksum.check_joined([(100..900, stated ^ 1)].into_iter(), &bytes).is_err());
     }
 
     #[test]

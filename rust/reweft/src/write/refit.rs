@@ -3,6 +3,7 @@
 //! Nothing changes its size, so nothing moves. What is written are the slots' bytes, the CRCs around them and the hashes
 //! in the manifest; every other byte stays.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -11,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
+use super::atomic::Flusher;
 use super::convert::refuse_source;
 use super::copy::{clone_whole, copy_range};
 use super::journal::{Journal, Locked};
@@ -71,29 +73,19 @@ pub fn refit(
     plan.check()?;
     let job = Job::new(plan, artifact, checkpoint)?;
     let file = AtomicFile::create_private(out)?;
-    let kept = if clone_whole(artifact.source(), &file) { Vec::new() } else { job.kept() };
-    let checksums = Checksum::outermost(&job.checksums);
-    let count = checksums.len() + job.fills.len() + kept.len();
-    let total = job.nbytes() + kept.iter().map(|range| range.end - range.start).sum::<u64>();
-    let work = |number: usize, done: &Progressed<'_>| -> Result<Option<Filled>> {
-        if let Some(checksum) = checksums.get(number) {
-            checksum.check(&**artifact.source()).map_err(|error| error.in_file(artifact.path()))?;
-            return Ok(None);
-        }
-        let number = number - checksums.len();
-        if let Some(fill) = job.fills.get(number) {
-            let mut write = |at: u64, bytes: &[u8], _| file.write_at(bytes, at);
-            return job.fill(fill, &mut write, done).map(Some);
-        }
-        if let Some(Range { start, end }) = kept.get(number - job.fills.len()).cloned() {
-            let mut moved = |nbytes| done.add(nbytes);
-            copy_range(artifact.source(), start, &file, start, end - start, &mut moved)?;
-        }
-        Ok(None)
+    let flusher = Flusher::new(&file);
+    let cloned = clone_whole(artifact.source(), &file);
+    let write = |at: u64, bytes: &[u8], _| {
+        file.write_at(bytes, at)?;
+        flusher.wrote(bytes.len() as u64)
     };
-    let filled = parallel::run(count, total, &work, progress)?;
-    let filled: Vec<Filled> = filled.into_iter().flatten().collect();
-    for (at, bytes) in job.patches(&filled)? {
+    let keep = |Range { start, end }: Range<u64>| {
+        let mut moved = |nbytes| flusher.wrote(nbytes);
+        if cloned { Ok(()) } else { copy_range(artifact.source(), start, &file, start, end - start, &mut moved) }
+    };
+    let (filled, pieces) = job.run(&job.kept(!cloned), &write, &keep, progress)?;
+    job.check(&pieces)?;
+    for (at, bytes) in job.patches(&filled, pieces)? {
         file.write_at(&bytes, at)?;
     }
     job.finish()?;
@@ -118,7 +110,8 @@ pub fn refit(
 ///
 /// # Errors
 /// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Unsupported`] for a stripped artifact;
-/// [`ErrorKind::Usage`] if the checkpoint is the artifact, or somebody has it mapped or writes to it; [`ErrorKind::Format`] if it is not the file that was planned with;
+/// [`ErrorKind::Usage`] if the checkpoint is the artifact, or somebody has it mapped or writes to it;
+/// [`ErrorKind::Format`] if it is not the file that was planned with;
 /// read errors and [`ErrorKind::Io`]. The artifact is then as it was, unless the hint says that the rewrite is done or is to
 /// be finished.
 pub fn refit_in_place(
@@ -135,17 +128,14 @@ pub fn refit_in_place(
     // What the file states is read once more under the lock: whoever rewrote it since it was opened is noticed.
     let job = Job::new(plan, artifact, checkpoint)?;
     let journal = Mutex::new(Journal::begin(&locked)?);
-    let work = |number: usize, done: &Progressed<'_>| {
-        let mut write = |at: u64, bytes: &[u8], changed: bool| {
-            let journal = || journal.lock().unwrap_or_else(PoisonError::into_inner);
-            if changed { journal().add(at, bytes) } else { Ok(()) }
-        };
-        job.fill(&job.fills[number], &mut write, done)
+    let write = |at: u64, bytes: &[u8], changed: bool| {
+        let journal = || journal.lock().unwrap_or_else(PoisonError::into_inner);
+        if changed { journal().add(at, bytes) } else { Ok(()) }
     };
-    let filled = parallel::run(job.fills.len(), job.nbytes(), &work, progress)?;
+    let (filled, pieces) = job.run(&[], &write, &|_| Ok(()), progress)?;
     let mut journal = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !journal.is_empty() {
-        for (at, bytes) in job.patches(&filled)? {
+        for (at, bytes) in job.patches(&filled, pieces)? {
             journal.add(at, &bytes)?;
         }
         job.finish()?;
@@ -189,15 +179,9 @@ pub fn verify(
     // Without bytes to compare the plan says so.
     if artifact.absent().is_none() {
         let job = Job { counts: true, ..Job::new(plan, artifact, checkpoint)? };
-        let checksums = Checksum::outermost(&job.checksums);
-        let work = |number: usize, done: &Progressed<'_>| match checksums.get(number) {
-            Some(checksum) => {
-                checksum.check(&**artifact.source()).map(|()| None).map_err(|error| error.in_file(artifact.path()))
-            }
-            None => job.fill(&job.fills[number - checksums.len()], &mut |_, _, _| Ok(()), done).map(Some),
-        };
-        let found = parallel::run(checksums.len() + job.fills.len(), job.nbytes(), &work, progress)?;
-        for (fill, found) in job.fills.iter().zip(found.iter().flatten()) {
+        let (found, pieces) = job.run(&job.kept(false), &|_, _, _| Ok(()), &|_| Ok(()), progress)?;
+        job.check(&pieces)?;
+        for (fill, found) in job.fills.iter().zip(&found) {
             differences.extend(fill.differences(found));
         }
         job.finish()?;
@@ -225,7 +209,9 @@ fn refuse_own_bytes(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> 
 }
 
 /// Takes a piece of a slot's new bytes, its place in the file, and whether it differs from what is there.
-type Write<'a> = &'a mut dyn FnMut(u64, &[u8], bool) -> Result<()>;
+type Write<'a> = &'a (dyn Fn(u64, &[u8], bool) -> Result<()> + Sync);
+/// Takes a range of the file that stays.
+type Keep<'a> = &'a (dyn Fn(Range<u64>) -> Result<()> + Sync);
 
 /// A slot that gets new bytes.
 struct Fill<'a> {
@@ -255,12 +241,28 @@ struct Filled {
     /// Number of the slot.
     slot: usize,
     changed: bool,
-    /// How many bytes differ, if the job counts them.
+    /// How many bytes changed, if the job counts them.
     differ: u64,
     /// BLAKE3 of the new bytes, if the manifest wants it.
     hash: Option<String>,
-    changes: Vec<Change>,
 }
+
+/// A range of the file that no slot is written to.
+struct Kept {
+    range: Range<u64>,
+    /// Whether it counts for a checksum that is compared.
+    covered: bool,
+}
+
+/// Bytes of the file that were looked at.
+struct Piece {
+    change: Change,
+    /// Whether they become others.
+    changed: bool,
+}
+
+/// Pieces by where they begin. None is empty, so there is one at most for each place.
+type Pieces = BTreeMap<u64, Piece>;
 
 fn differ(before: &[u8], after: &[u8]) -> u64 {
     before.iter().zip(after).filter(|(left, right)| left != right).count() as u64
@@ -313,19 +315,29 @@ impl<'a> Job<'a> {
         self.fills.iter().map(|fill| fill.slot.nbytes * fill.places.len() as u64).sum()
     }
 
-    /// The ranges of the file that no slot is written to, in pieces.
-    fn kept(&self) -> Vec<Range<u64>> {
+    /// The ranges of the file that no slot is written to, in pieces; only those that count for a checksum, if not `all`.
+    fn kept(&self, all: bool) -> Vec<Kept> {
         let place = |fill: &Fill<'_>, at: &u64| *at..*at + fill.slot.nbytes;
         let filled = self.fills.iter().flat_map(|fill| fill.places.iter().map(move |at| place(fill, at)));
         let mut filled: Vec<Range<u64>> = filled.filter(|range| !range.is_empty()).collect();
         filled.sort_unstable_by_key(|range| range.start);
         let length = self.artifact.source().len();
         filled.push(length..length);
+        let covers: Vec<&Range<u64>> = self.outermost().map(|checksum| &checksum.covers).collect();
         let (mut kept, mut at) = (Vec::new(), 0);
         for range in filled {
             while at < range.start {
-                let end = range.start.min(at + PIECE_NBYTES);
-                kept.push(at..end);
+                // Each piece lies in the bytes of one checksum or of none.
+                let next = covers.partition_point(|covers| covers.end <= at);
+                let (covered, cut) = match covers.get(next) {
+                    Some(covers) if covers.start <= at => (true, covers.end),
+                    Some(covers) => (false, covers.start),
+                    None => (false, length),
+                };
+                let end = range.start.min(at + PIECE_NBYTES).min(cut);
+                if all || covered {
+                    kept.push(Kept { range: at..end, covered });
+                }
                 at = end;
             }
             at = at.max(range.end);
@@ -333,13 +345,63 @@ impl<'a> Job<'a> {
         kept
     }
 
+    /// Fills the slots and hands over what stays. Gives what became of each slot, and the pieces that were looked at.
+    fn run(
+        &self,
+        kept: &[Kept],
+        write: Write<'_>,
+        keep: Keep<'_>,
+        progress: Progress<'_>,
+    ) -> Result<(Vec<Filled>, Pieces)> {
+        let work = |number: usize, done: &Progressed<'_>| {
+            let Some(fill) = self.fills.get(number) else {
+                let Kept { range, covered } = &kept[number - self.fills.len()];
+                keep(range.clone())?;
+                let piece = covered.then(|| self.unchanged(range)).transpose()?;
+                done.add(range.end - range.start)?;
+                return Ok((None, Vec::from_iter(piece)));
+            };
+            self.fill(fill, write, done).map(|(filled, pieces)| (Some(filled), pieces))
+        };
+        let total = self.nbytes() + kept.iter().map(|kept| kept.range.end - kept.range.start).sum::<u64>();
+        let found = parallel::run(self.fills.len() + kept.len(), total, &work, progress)?;
+        let (filled, pieces): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let pieces = pieces.into_iter().flatten().filter(|piece: &Piece| !piece.change.range.is_empty());
+        Ok((filled.into_iter().flatten().collect(), pieces.map(|piece| (piece.change.range.start, piece)).collect()))
+    }
+
+    /// The checksums that are compared: others are of bytes within theirs.
+    fn outermost(&self) -> impl Iterator<Item = &Checksum> {
+        Checksum::outermost(&self.checksums).into_iter()
+    }
+
+    /// Compares the CRCs of what the records held, which the work on the slots found piece by piece.
+    fn check(&self, pieces: &Pieces) -> Result<()> {
+        let mut outermost = self.outermost();
+        let checked = outermost.try_for_each(|checksum| {
+            let within = pieces
+                .range(checksum.covers.clone())
+                .map(|(_, Piece { change, .. })| (change.range.clone(), change.before));
+            checksum.check_joined(within, &**self.artifact.source())
+        });
+        checked.map_err(|error| error.in_file(self.artifact.path()))
+    }
+
+    /// A piece that stays.
+    fn unchanged(&self, range: &Range<u64>) -> Result<Piece> {
+        let crc = source::crc(&**self.artifact.source(), range.start, range.end - range.start);
+        let crc = crc.map_err(|error| error.in_file(self.artifact.path()))?;
+        Ok(Piece { change: Change { range: range.clone(), before: crc, after: crc }, changed: false })
+    }
+
     /// Makes a slot's bytes, compares them with those that are there, and hands over each piece with its place and
     /// whether it differs.
-    fn fill(&self, fill: &Fill<'_>, write: Write<'_>, done: &Progressed<'_>) -> Result<Filled> {
+    fn fill(&self, fill: &Fill<'_>, write: Write<'_>, done: &Progressed<'_>) -> Result<(Filled, Vec<Piece>)> {
         let lock = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let Buffers { mut new, mut old } = lock().pop().unwrap_or_default();
         let mut hasher = self.artifact.manifest().map(|_| blake3::Hasher::new());
-        let mut filled = Filled { slot: fill.refill.slot, changed: false, differ: 0, hash: None, changes: Vec::new() };
+        let mut filled = Filled { slot: fill.refill.slot, changed: false, differ: 0, hash: None };
+        let mut pieces = Vec::new();
         let mut first = 0;
         let mut take = |bytes: &[u8]| {
             if let Some(hasher) = &mut hasher {
@@ -347,11 +409,11 @@ impl<'a> Job<'a> {
             }
             for place in &fill.places {
                 let at = place + first;
-                let (change, differ) = self.compare(at, bytes, &mut old)?;
-                write(at, bytes, change.is_some())?;
-                filled.changed |= change.is_some();
+                let (piece, differ) = self.compare(at, bytes, &mut old)?;
+                write(at, bytes, piece.changed)?;
+                filled.changed |= piece.changed;
                 filled.differ += differ;
-                filled.changes.extend(change);
+                pieces.push(piece);
                 done.add(bytes.len() as u64)?;
             }
             first += bytes.len() as u64;
@@ -363,7 +425,7 @@ impl<'a> Job<'a> {
         if new.capacity() as u64 <= SLAB_NBYTES {
             lock().push(Buffers { new, old });
         }
-        Ok(filled)
+        Ok((filled, pieces))
     }
 
     /// Hands over a slot's new bytes in pieces, in order.
@@ -388,31 +450,36 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Compares bytes with those at a place of the artifact; no change if they are the same. Counts those that differ if the
-    /// job does.
-    fn compare(&self, at: u64, new: &[u8], old: &mut Vec<u8>) -> Result<(Option<Change>, u64)> {
+    /// Compares bytes with those at a place of the artifact; counts those that differ, if the job wants it.
+    fn compare(&self, at: u64, new: &[u8], old: &mut Vec<u8>) -> Result<(Piece, u64)> {
         old.resize(CHUNK_NBYTES, 0);
-        let (mut before, mut changed, mut count, mut from) = (crc32fast::Hasher::new(), false, 0, at);
+        let mut before = crc32fast::Hasher::new();
+        // The CRC of the new bytes, from the first chunk on that differs.
+        let mut after = None;
+        let (mut count, mut from) = (0, at);
         for chunk in new.chunks(CHUNK_NBYTES) {
             let old = &mut old[..chunk.len()];
             self.artifact.source().read_exact_at(from, old).map_err(|error| error.in_file(self.artifact.path()))?;
-            before.update(old);
-            if old != chunk {
-                changed = true;
-                // A pass of its own over all bytes, which only a comparison has a use for.
-                count += if self.counts { differ(old, chunk) } else { 0 };
+            let differs = old != chunk;
+            if differs || after.is_some() {
+                after.get_or_insert_with(|| before.clone()).update(chunk);
             }
+            before.update(old);
+            // A pass of its own over all bytes, which only a comparison has a use for.
+            count += if self.counts && differs { differ(old, chunk) } else { 0 };
             from += chunk.len() as u64;
         }
-        let (range, before) = (at..from, before.finalize());
-        Ok((changed.then(|| Change { range, before, after: crc32fast::hash(new) }), count))
+        let (before, changed) = (before.finalize(), after.is_some());
+        let after = after.map_or(before, crc32fast::Hasher::finalize);
+        Ok((Piece { change: Change { range: at..from, before, after }, changed }, count))
     }
 
     /// What is to be written beside the slots: the manifest with new hashes, then the CRCs.
-    fn patches(&self, filled: &[Filled]) -> Result<Vec<(u64, Vec<u8>)>> {
+    fn patches(&self, filled: &[Filled], pieces: Pieces) -> Result<Vec<(u64, Vec<u8>)>> {
         let mut patches = Vec::new();
         let mut checksums = self.checksums.clone();
-        let mut changes: Vec<Change> = filled.iter().flat_map(|filled| filled.changes.iter().cloned()).collect();
+        let changed = pieces.into_values().filter(|piece| piece.changed);
+        let mut changes: Vec<Change> = changed.map(|piece| piece.change).collect();
         if let Some((change, bytes)) = self.new_manifest(filled)? {
             checksums.extend(self.manifest_checksum()?);
             patches.push((change.range.start, bytes));

@@ -9,6 +9,7 @@ use reweft::tensor::contiguous;
 use reweft::write::{refit, strip, verify};
 use reweft::{Artifact, Checkpoint, Dtype, ErrorKind, Limits, OpenOptions, Result, TensorInfo};
 
+use crate::build::Zip;
 use crate::fixture;
 
 fn artifact(path: &Path) -> Artifact {
@@ -237,6 +238,66 @@ fn damage_in_the_weights_is_found_and_nothing_is_written() {
     assert!(error.to_string().contains("CRC"), "{error}");
     assert!(!out.exists());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// What a refit has against a file; it puts the slots' own values there, changed, or that of the first alone.
+fn refusal(path: &Path, out: &Path, change: u8, only_first: bool) -> Option<String> {
+    let refused = || {
+        let artifact = Artifact::open(path, Access::Read, &Limits::default())?;
+        let slots = artifact.slots().iter().filter(|slot| slot.nbytes > 0);
+        let rows = slots.map(|slot| {
+            let bytes = artifact.read_slot(slot)?.iter().map(|byte| byte ^ change).collect();
+            Ok((slot.name.as_str(), slot.dtype, &slot.shape[..], bytes))
+        });
+        let mut rows = rows.collect::<Result<Vec<_>>>()?;
+        rows.truncate(if only_first { 1 } else { usize::MAX });
+        let checkpoint = memory(&rows);
+        let plan = plan(&artifact, &checkpoint, Allow { missing: true, ..Allow::default() })?;
+        let verified = verify(&plan, &artifact, &checkpoint, &mut |_, _| ());
+        let written = refit(&plan, &artifact, &checkpoint, out, &mut |_, _| ());
+        assert_eq!(verified.is_err(), written.is_err());
+        written
+    };
+    refused().err().map(|error: reweft::Error| error.to_string())
+}
+
+/// An exported program of torch before 2.8, whose weights are archives in the archive.
+fn old_export() -> Vec<u8> {
+    let [weights, constants] =
+        ["fc.pt", "one_tensor.pt"].map(|name| std::fs::read(fixture("checkpoints").join(name)).unwrap());
+    Zip::new(&[
+        ("serialized_exported_program.json", b"{}"),
+        ("serialized_state_dict.pt", &weights),
+        ("serialized_constants.pt", &constants),
+    ])
+    .bytes
+}
+
+#[test]
+fn damage_to_any_byte_of_a_record_that_is_written_to_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, out] = ["damaged", "out"].map(|name| folder.path().join(name));
+    // Between its slots the one has padding, the other headers, a pickle and a directory, which may be refused before.
+    let plain = std::fs::read(fixture("packages/plain.pt2")).unwrap();
+    for (bytes, wanted, step) in [(plain, "CRC", 1), (old_export(), "", 3)] {
+        std::fs::write(&path, &bytes).unwrap();
+        let whole = artifact(&path);
+        // The last checksum is the one around the others.
+        let covers = whole.checksums(whole.slots().first()).unwrap().pop().unwrap().covers;
+        // All slots unchanged; the first one changed and the others kept.
+        for (change, only_first) in [(0, false), (0x11, true)] {
+            assert_eq!(refusal(&path, &out, change, only_first), None);
+            std::fs::remove_file(&out).unwrap();
+            for at in covers.clone().step_by(step).map(|at| usize::try_from(at).unwrap()) {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 4;
+                std::fs::write(&path, damaged).unwrap();
+                let found = refusal(&path, &out, change, only_first).unwrap_or_else(|| panic!("byte {at:#x} passed"));
+                assert!(found.contains(wanted) && !out.exists(), "byte {at:#x}: {found}");
+            }
+            std::fs::write(&path, &bytes).unwrap();
+        }
+    }
 }
 
 #[test]

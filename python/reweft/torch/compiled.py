@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from reweft import _core
 from reweft.checkpoint import Checkpoint
 from reweft.checkpoint import open as open_checkpoint
 from reweft.errors import MismatchError, UsageError
-from reweft.torch.tensors import checkpoint_of, dtype_name, held_tensors, tensor
+from reweft.torch.calling import Call
+from reweft.torch.tensors import checkpoint_of, held_tensors, tensor
 
 if TYPE_CHECKING:
     from reweft.keymap import KeyMap
 
-__all__ = ["CompiledModule", "ReplaceReport", "load", "replace_weights", "save"]
+__all__ = ["CompiledModule", "Refittable", "ReplaceReport", "load", "replace_weights", "save"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ class ReplaceReport:
     """What a careful reader should know."""
 
 
+@dataclass(frozen=True)
+class Refittable:
+    """What became of a module's tensors when it was compiled."""
+
+    slots: tuple[tuple[str, ...], ...]
+    """The names of every tensor that can be replaced: the first, then those of tied weights."""
+    unused: tuple[str, ...]
+    """Tensors that the program never reads."""
+    unrefittable: dict[str, str]
+    """Tensors that the program depends on and that cannot be replaced, with the reason."""
+
+
 class CompiledModule:
     """A compiled program that runs, with weights that can be replaced while it does. Made by `trace` and `load`.
 
@@ -49,10 +61,7 @@ class CompiledModule:
 
     def __init__(self, core: _core.Model) -> None:
         self._core = core
-        in_spec, out_spec = core.call_spec()
-        self._in_spec = pytree.treespec_loads(in_spec)
-        self._out_spec = pytree.treespec_loads(out_spec)
-        self._inputs = [_Input(*row[:5], mutated=row[5]) for row in core.inputs()]
+        self._call = Call(core)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program.
@@ -61,15 +70,11 @@ class CompiledModule:
 
         Raises:
             UsageError: The arguments have another structure than the examples had.
-            MismatchError: An input has another dtype, shape or device than its example.
+            MismatchError: An input has another dtype, shape or device than the program takes, or an argument that is no
+                tensor another value than it was compiled with.
             RunError: The program failed.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._in_spec:
-            raise UsageError(f"arguments have the structure {spec}, the program takes {self._in_spec}")
-        if len(leaves) != len(self._inputs):
-            raise UsageError(f"{len(leaves)} inputs, the program takes {len(self._inputs)}")
-        inputs = [wanted.fit(leaf) for wanted, leaf in zip(self._inputs, leaves, strict=True)]
+        inputs = self._call.arguments(args, kwargs)
         # The two functions pass tensors by handle; torch documents no public ones that cost no copy.
         handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)  # noqa: SLF001
         outputs = self._core.run(handles)
@@ -78,7 +83,7 @@ class CompiledModule:
                 [handle for handle in outputs if handle is not None]
             )
         )
-        return pytree.tree_unflatten([None if handle is None else next(made) for handle in outputs], self._out_spec)
+        return self._call.results(None if handle is None else next(made) for handle in outputs)
 
     @property
     def path(self) -> Path:
@@ -90,9 +95,10 @@ class CompiledModule:
         names, _unused = self._core.names()
         return [tuple(slot) for slot in names]
 
-    def unrefittable(self) -> dict[str, str]:
-        """Weights that the program depends on and that cannot be replaced, with the reason."""
-        return dict(self._core.unrefittable())
+    def refittable(self) -> Refittable:
+        """Which weights can be replaced, and which cannot, by name."""
+        _names, unused = self._core.names()
+        return Refittable(tuple(self.slots()), tuple(unused), dict(self._core.unrefittable()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights in use, copied, under the slots' names; tied weights are there once for each name."""
@@ -104,47 +110,8 @@ class CompiledModule:
         return state
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{item.name}: {item.dtype} {list(item.shape)}" for item in self._inputs)
+        inputs = ", ".join(f"{item.name}: {item.dtype} {list(item.shape)}" for item in self._call.inputs)
         return f"<CompiledModule ({inputs}), {len(self.slots())} slots>"
-
-
-class _Input:
-    """One input as it was when the program was compiled."""
-
-    def __init__(
-        self, name: str, dtype: str, shape: list[int], strides: list[int], device: str, *, mutated: bool
-    ) -> None:
-        self.name = name
-        self.mutated = mutated
-        self.dtype = dtype
-        self.shape = torch.Size(shape)
-        self.strides = tuple(strides)
-        self.device = device
-        self._torch_dtype = getattr(torch, dtype)
-
-    def fit(self, value: object) -> torch.Tensor:
-        """The tensor itself, or a copy of it with the compiled strides.
-
-        Raises:
-            UsageError: It is no tensor.
-            MismatchError: It has another dtype, shape or device.
-        """
-        if not isinstance(value, torch.Tensor):
-            raise UsageError(f"input {self.name!r} is a {type(value).__name__}, the program takes a tensor")
-        fits = value.shape == self.shape and value.dtype == self._torch_dtype and value.device.type == self.device
-        if not fits or value.layout != torch.strided:
-            found = f"{dtype_name(value.dtype)} {list(value.shape)} ({value.layout}) on {value.device}"
-            wanted = f"{self.dtype} {list(self.shape)} on {self.device}"
-            raise MismatchError(f"input {self.name!r} is {found}, the program takes {wanted}")
-        held = value.detach()
-        if held.is_conj() or held.is_neg():
-            held = held.resolve_conj().resolve_neg()
-        if held.stride() == self.strides:
-            return held
-        if self.mutated:
-            strides = f"strides {held.stride()}; the program writes to it and takes {self.strides}"
-            raise MismatchError(f"input {self.name!r} has {strides}")
-        return torch.empty_strided(self.shape, self.strides, dtype=held.dtype, device=held.device).copy_(held)
 
 
 def load(path: str | os.PathLike[str], *, replicas: int = 1) -> CompiledModule:

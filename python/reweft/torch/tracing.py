@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import tempfile
+import warnings
+import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from reweft import _core
-from reweft.errors import UnsupportedError, UsageError
+from reweft.errors import MismatchError, UnsupportedError, UsageError
 from reweft.torch.compiled import CompiledModule, load
-from reweft.torch.tensors import dtype_name, held_tensors
+from reweft.torch.functions import Function, as_module
+from reweft.torch.signature import describe, flatten
+from reweft.torch.tensors import held_tensors
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     from torch.export import ExportedProgram
 
 __all__ = ["trace"]
@@ -37,48 +47,195 @@ _WEIGHTS_BESIDE_LIBRARY: dict[str, Any] = {
 }
 
 
-def trace(module: torch.nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ...]) -> CompiledModule:
-    """Compile a module through `torch.export` and AOTInductor so that every parameter and buffer can be replaced.
+def trace(
+    func_or_module: Callable[..., Any],
+    example_inputs: torch.Tensor | tuple[Any, ...],
+    *,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    inline_weights: bool = True,
+    compiler_workdir: str | os.PathLike[str] | None = None,
+    compiler_args: str | Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    strict: bool = False,
+) -> CompiledModule:
+    """Compile a module or a function through `torch.export` and AOTInductor so that every weight can be replaced.
 
-    Takes seconds to minutes, in which a C++ compiler runs. The result takes inputs of the examples' shapes, dtypes
-    and devices only. Tensor attributes that are neither parameters nor buffers become slots under their attribute
-    path. What could not be kept as a slot is listed by `CompiledModule.unrefittable`.
+    Takes seconds to minutes, in which a C++ compiler runs. The result takes inputs of the examples' structure, shapes,
+    dtypes and devices only, but for the sizes that `dynamic_shapes` lets vary; anything else is refused when it is
+    called, since the program itself would not notice. Arguments that are no tensors are compiled in, and a call with
+    another value is refused too.
+
+    Parameters, buffers and tensor attributes are slots under their path. A function's slots have the names that it has
+    for its modules and tensors: `net.weight` for a module `net` that it refers to. What could not be kept as a slot is
+    listed by `CompiledModule.refittable`.
 
     Args:
-        module: In `eval()` mode; its weights are the first weights of the result.
-        example_inputs: One tensor, or the tuple of positional arguments.
+        func_or_module: A module in `eval()` mode, one of its methods, or a function of tensors; its weights are the
+            first weights of the result.
+        example_inputs: One tensor, or the tuple of positional arguments; containers of tensors are taken.
+        kwargs: Keyword arguments.
+        dynamic_shapes: Which sizes may vary, as for `torch.export.export`.
+        inline_weights: Whether `save` writes the weights too. Without them the package is as small as the program, and
+            `load(path, weights=...)` fills it.
+        compiler_workdir: A folder in which the generated sources, the exported program and the options stay.
+        compiler_args: `-O0` to `-O3`, for the C++ compiler.
+        options: Settings of `torch._inductor.config`, but for those that decide whether a weight can be replaced.
+        device: Where the model runs. The module must be there already; None means wherever it is.
+        strict: Refuse a module with a weight that could not be kept as a slot.
 
     Raises:
-        UsageError: The module is in training mode.
-        UnsupportedError: An argument is no tensor, the program needs operators that the runtime cannot call, or torch
-            cannot say what it writes to.
+        UsageError: The module is in training mode or on another device, or an option would put weights into the code.
+        MismatchError: `strict`, and a weight could not be kept as a slot.
+        UnsupportedError: An argument is of a kind that a program cannot be held to, the program needs operators that
+            the runtime cannot call, or torch cannot say what it writes to.
 
     Example:
         >>> model = trace(net.eval(), (torch.zeros(1, 3, 8, 8),))  # doctest: +SKIP
         >>> replace_weights(model, "epoch3.pt")  # doctest: +SKIP
     """
-    if module.training:
-        raise UsageError("the module is in training mode", hint="call module.eval() before trace")
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    for number, value in enumerate(inputs):
-        if not isinstance(value, torch.Tensor):
-            kind = type(value).__name__
-            raise UnsupportedError(f"example input {number} is a {kind}; this version takes tensors only")
+    module = as_module(func_or_module)
+    _check_mode(module)
+    settings = _settings(options, compiler_args)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    _check_device(module, device)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="reweft-") as folder:
-        program = torch.export.export(module, inputs)
+        program = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes)
+        _check_structure(program)
         _name_constants(program, module)
-        origins = _origins(program, inputs)
+        leaves = flatten(program.call_spec.in_spec, args, kwargs or {})
+        origins = _origins(program, leaves, module)
+        _drop_constant_results(program)
         fresh, sealed = Path(folder) / "model.pt2", Path(folder) / "sealed.pt2"
-        options = dict(_KEEP_CONSTANTS)
         if any(origin.used for origin in origins.tensors):
             # Without any weight torch makes a package with an empty record, which it cannot load itself.
-            options.update(_WEIGHTS_BESIDE_LIBRARY)
-        torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
-            program, package_path=str(fresh), inductor_configs=options
-        )
+            settings.update(_WEIGHTS_BESIDE_LIBRARY)
+        with _without_ignored_guards():
+            torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
+                program, package_path=str(fresh), inductor_configs=settings
+            )
+        if compiler_workdir is not None:
+            _keep_sources(Path(compiler_workdir), fresh, program, settings)
         _core.seal(fresh, origins.to_json(), sealed)
         # The loader maps the package, which keeps the bytes when the folder goes.
-        return load(sealed)
+        model = load(sealed)
+    _report(model, strict=strict)
+    return model
+
+
+def _check_mode(module: torch.nn.Module) -> None:
+    """Refuse what would compute as in training.
+
+    Raises:
+        UsageError: A module is in training mode.
+    """
+    parts = module.children() if isinstance(module, Function) else [module]
+    for part in parts:
+        if part.training:
+            raise UsageError("the module is in training mode", hint="call module.eval() before trace")
+
+
+def _check_structure(program: ExportedProgram) -> None:
+    """Refuse containers that a package cannot name.
+
+    Raises:
+        UnsupportedError: An argument or result has one.
+    """
+    for what, spec in [("arguments", program.call_spec.in_spec), ("results", program.call_spec.out_spec)]:
+        try:
+            pytree.treespec_dumps(spec)
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"the {what} have a container that a package cannot name: {error}",
+                hint="pass tuples, lists and dicts, or register the class with a serialized_type_name",
+            ) from error
+
+
+def _check_device(module: torch.nn.Module, device: str | torch.device | None) -> None:
+    """Refuse a module that is somewhere else: moving it would change the caller's module.
+
+    Raises:
+        UsageError: It is on another device, or on several.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    found = sorted({str(value.device.type) for value in tensors})
+    if len(found) > 1:
+        raise UsageError(f"the module's weights are on {' and '.join(found)}", hint="move the module to one device")
+    wanted = found[0] if device is None and found else str(torch.device(device or "cpu").type)
+    if found and found[0] != wanted:
+        raise UsageError(f"the module is on {found[0]}, device={wanted!r} was asked for", hint=f"module.to({wanted!r})")
+
+
+def _settings(options: Mapping[str, Any] | None, compiler_args: str | Sequence[str] | None) -> dict[str, Any]:
+    """The compiler's settings.
+
+    Raises:
+        UsageError: An option would put weights into the code.
+        UnsupportedError: There is no such argument.
+    """
+    settings = dict(options or {})
+    for name, value in {**_KEEP_CONSTANTS, **_WEIGHTS_BESIDE_LIBRARY}.items():
+        if settings.get(name, value) != value:
+            what = f"{name}={settings[name]!r} would take weights away from their slots; trace needs {value!r}"
+            raise UsageError(what)
+    arguments = compiler_args.split() if isinstance(compiler_args, str) else list(compiler_args or ())
+    for argument in arguments:
+        if argument not in {"-O0", "-O1", "-O2", "-O3"}:
+            raise UnsupportedError(
+                f"compiler_args has {argument!r}; -O0 to -O3 are taken", hint="options= takes torch._inductor.config"
+            )
+        settings["aot_inductor.compile_wrapper_opt_level"] = argument.removeprefix("-")
+    return {**settings, **_KEEP_CONSTANTS}
+
+
+def _keep_sources(folder: Path, package: Path, program: ExportedProgram, settings: Mapping[str, Any]) -> None:
+    """Unpack what was generated, and write down what it was generated from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(package) as archive:
+        for record in archive.infolist():
+            name = PurePosixPath(record.filename).name
+            if name.endswith((".cpp", ".json", ".h")):
+                (folder / name).write_bytes(archive.read(record))
+    (folder / "program.txt").write_text(str(program))
+    (folder / "options.json").write_text(json.dumps(settings, indent=2, default=str))
+
+
+@contextlib.contextmanager
+def _without_ignored_guards() -> Iterator[None]:
+    """Refuse a compilation that assumes something of a size that export did not state.
+
+    torch only writes a warning to its log then: "Ignored guard".
+
+    Raises:
+        UnsupportedError: It did.
+    """
+    seen: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    if ignored := next((text for text in seen if "gnored guard" in text), None):
+        raise UnsupportedError(f"the compiler assumed more of a dynamic size than export states: {ignored}")
+
+
+def _report(model: CompiledModule, *, strict: bool) -> None:
+    """Say which weights could not be kept as slots.
+
+    Raises:
+        MismatchError: `strict`, and there are some.
+    """
+    absent = model.refittable().unrefittable
+    if not absent:
+        return
+    what = "; ".join(f"{name!r}: {reason}" for name, reason in absent.items())
+    if strict:
+        raise MismatchError(f"these weights could not be kept as slots: {what}", key=next(iter(absent)))
+    warnings.warn(f"these weights cannot be replaced: {what}", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -95,14 +252,14 @@ class _Origin:
 class _Origins:
     """What the package does not say of itself; `reweft::artifact::manifest::Origins` on the other side."""
 
-    inputs: list[dict[str, Any]]
+    signature: dict[str, Any]
     device: str
     tensors: list[_Origin]
 
     def to_json(self) -> str:
         tensors = [vars(origin) for origin in self.tensors]
         version = str(torch.__version__)
-        return json.dumps({"torch": version, "device": self.device, "inputs": self.inputs, "tensors": tensors})
+        return json.dumps({"torch": version, "device": self.device, **self.signature, "tensors": tensors})
 
 
 def _name_constants(program: ExportedProgram, module: torch.nn.Module) -> None:
@@ -126,11 +283,22 @@ def _name_constants(program: ExportedProgram, module: torch.nn.Module) -> None:
             spec.target = path
 
 
-def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Origins:
-    """Every tensor of the module with all its names, and the inputs in call order.
+def _drop_constant_results(program: ExportedProgram) -> None:
+    """Take numbers and texts out of the results: the manifest has them, and the compiler fails on some."""
+    results = program.graph.output_node()
+    kept = tuple(value if isinstance(value, torch.fx.Node) else None for value in results.args[0])
+    results.args = (kept,)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind == OutputKind.USER_OUTPUT and isinstance(spec.arg, ConstantArgument):
+            spec.arg = ConstantArgument(name=spec.arg.name, value=None)
+    program.graph_module.recompile()
+
+
+def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Module) -> _Origins:
+    """Every tensor of the module with all its names, and how the program is called.
 
     Raises:
-        UnsupportedError: An input or an attribute of the module is no tensor.
+        UnsupportedError: An argument or an attribute of the module is of a kind that no program takes.
     """
     signature = program.graph_signature
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -138,15 +306,14 @@ def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Ori
     mutated, written_inputs = _mutated(program)
     used: set[str] = set()
     persistent: set[str] = set(program.state_dict)
-    user_inputs: list[str] = []
+    if isinstance(module, Function):
+        # A function has no other state than what it refers to, so a checkpoint of it must have all of that.
+        persistent |= {name for name in values if not name.startswith("lifted_tensor_")}
     for spec in signature.input_specs:
         name = getattr(spec.arg, "name", "")
-        if spec.kind == InputKind.USER_INPUT:
-            if isinstance(spec.arg, ConstantArgument) or not isinstance(spec.arg, TensorArgument):
-                raise UnsupportedError(f"input {name!r} is no tensor; this version takes tensors only")
-            user_inputs.append(name)
-        elif spec.target is not None and placeholders[name].users:
+        if spec.kind != InputKind.USER_INPUT and spec.target is not None and placeholders[name].users:
             used.add(spec.target)
+    called = describe(program, leaves, written_inputs)
     groups: dict[tuple[Any, ...], list[str]] = {}
     for fqn, value in values.items():
         if not isinstance(value, torch.Tensor):
@@ -162,12 +329,10 @@ def _origins(program: ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> _Ori
         )
         for names in groups.values()
     ]
-    rows = [
-        {**_input_row(value), "name": name, "mutated": name in written_inputs}
-        for name, value in zip(user_inputs, inputs, strict=True)
-    ]
-    devices = {str(value.device.type) for value in values.values()} or {row["device"] for row in rows}
-    return _Origins(inputs=rows, device=devices.pop() if len(devices) == 1 else "cpu", tensors=tensors)
+    devices = {str(value.device.type) for value in values.values()} or {row["device"] for row in called["inputs"]}
+    if len(devices) > 1:
+        raise UnsupportedError(f"the module's tensors are on {' and '.join(sorted(devices))}")
+    return _Origins(signature=called, device=devices.pop() if devices else "cpu", tensors=tensors)
 
 
 def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:
@@ -194,12 +359,3 @@ def _identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
         return (fqn,)
     where = (value.untyped_storage().data_ptr(), value.storage_offset())
     return (*where, tuple(value.shape), value.stride(), value.dtype)
-
-
-def _input_row(value: torch.Tensor) -> dict[str, Any]:
-    return {
-        "dtype": dtype_name(value.dtype),
-        "shape": list(value.shape),
-        "strides": list(value.stride()),
-        "device": str(value.device.type),
-    }

@@ -16,9 +16,6 @@ use crate::weights::{save_live, to_json};
 #[pyclass(frozen, module = "reweft._core")]
 pub struct Model(reweft_runtime::Model);
 
-/// Name, dtype, shape, strides, device, whether the program writes to it.
-type InputRow = (String, String, Vec<u64>, Vec<u64>, String, bool);
-
 #[pymethods]
 impl Model {
     /// Opens a package and binds its weights. Runs native code from it.
@@ -34,13 +31,15 @@ impl Model {
         self.0.artifact().path().to_owned()
     }
 
-    /// Inputs in call order.
-    fn inputs(&self) -> Vec<InputRow> {
-        let row = |input: &reweft::artifact::manifest::Input| {
-            let input = input.clone();
-            (input.name, input.dtype, input.shape, input.strides, input.device, input.mutated)
-        };
-        self.0.inputs().map(row).collect()
+    /// How the program is called, as JSON.
+    fn signature(&self) -> Result<String> {
+        to_json(self.0.signature())
+    }
+
+    /// Shape and strides that each input must have, from the shapes that they have.
+    fn expect(&self, shapes: Vec<Vec<i64>>) -> Result<Vec<(Vec<i64>, Vec<i64>)>> {
+        let expected = self.0.signature().expect(&shapes).map_err(|error| error.in_file(self.0.artifact().path()))?;
+        Ok(expected.into_iter().map(|expected| (expected.shape, expected.strides)).collect())
     }
 
     /// Pytree specifications of inputs and outputs, as JSON.

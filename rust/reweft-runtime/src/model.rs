@@ -1,5 +1,6 @@
 //! A model: a package on disk, its compiled program in this process, and the weights it runs on.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
 use std::io::Write;
@@ -7,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use reweft::artifact::Slot;
-use reweft::artifact::manifest::{Input, Manifest};
+use reweft::artifact::manifest::{Expected, Input, Manifest, Signature, Size};
 use reweft::checkpoint::Format;
 use reweft::plan::{Allow, Finding, Plan, plan};
 use reweft::source::{Access, Source, Window};
@@ -63,17 +64,18 @@ pub struct Model {
     torch: Torch,
     container: Container,
     device: Device,
-    inputs: Vec<(Input, InputType)>,
+    signature: Signature,
+    inputs: Vec<InputType>,
     /// Where each slot's bytes are, by number of the slot. Locked for the whole of a refit.
     live: Mutex<Live>,
 }
 
-/// An input's dtype and device, parsed once.
+/// What an input must be, parsed once.
 struct InputType {
     dtype: Dtype,
     device: Device,
-    shape: Vec<i64>,
-    strides: Vec<i64>,
+    /// Shape and strides, unless they vary.
+    fixed: Option<Expected>,
 }
 
 /// Where the weights are, by number of the slot.
@@ -124,7 +126,8 @@ impl Model {
         artifact.check_whole()?;
         let manifest = check_runnable(&artifact, options).map_err(in_file)?;
         let device = check_device(manifest).map_err(in_file)?;
-        let inputs = input_types(manifest).map_err(in_file)?;
+        let signature = manifest.signature().clone();
+        let inputs = input_types(&signature).map_err(in_file)?;
         if !artifact.slots().is_empty() {
             artifact.check_weights()?;
         }
@@ -137,7 +140,7 @@ impl Model {
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
         let container = Container::open(&torch, &library, device, options.replicas, false)?;
         let live = packaged_weights(&artifact).map_err(in_file)?;
-        let model = Self { artifact, torch, container, device, inputs, live: Mutex::default() };
+        let model = Self { artifact, torch, container, device, signature, inputs, live: Mutex::default() };
         if !live.is_empty() {
             model.bind(live, &mut model.live())?;
         }
@@ -154,9 +157,9 @@ impl Model {
         &self.torch
     }
 
-    /// The inputs that the program was compiled for, in call order.
-    pub fn inputs(&self) -> impl ExactSizeIterator<Item = &Input> {
-        self.inputs.iter().map(|(input, _)| input)
+    /// How the program is called: inputs in call order, and which of their sizes may vary.
+    pub fn signature(&self) -> &Signature {
+        &self.signature
     }
 
     /// Pytree specifications of inputs and outputs, as JSON that `torch.utils._pytree` wrote.
@@ -180,12 +183,28 @@ impl Model {
             let what = format!("{} inputs, the program takes {}", inputs.len(), self.inputs.len());
             return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
         }
-        for (tensor, (input, wanted)) in inputs.iter().zip(&self.inputs) {
-            check_input(tensor, wanted).map_err(|error| error.of_key(&input.name).in_file(self.artifact.path()))?;
-        }
+        self.check_inputs(&inputs).map_err(|error| error.in_file(self.artifact.path()))?;
         // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
         // to buffers has one replica, so that its calls follow one another.
         Ok(unsafe { self.container.run(inputs)? })
+    }
+
+    fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
+        let varying = if self.signature.is_dynamic() {
+            let shapes = inputs.iter().map(|tensor| Ok(tensor.shape()?)).collect::<Result<Vec<_>>>()?;
+            self.signature.expect(&shapes)?
+        } else {
+            Vec::new()
+        };
+        for (number, (tensor, wanted)) in inputs.iter().zip(&self.inputs).enumerate() {
+            let of_input = |error: Error| match self.signature.inputs.get(number) {
+                Some(input) => error.of_key(&input.name),
+                None => error,
+            };
+            let expected = wanted.fixed.as_ref().or_else(|| varying.get(number));
+            check_input(tensor, wanted, expected).map_err(of_input)?;
+        }
+        Ok(())
     }
 
     /// Replaces the weights, all or none, while calls are running.
@@ -365,34 +384,39 @@ fn check_device(manifest: &Manifest) -> Result<Device> {
     Err(Error::new(ErrorKind::Unsupported, what).with_hint("inspect, plan and refit it on disk"))
 }
 
-fn input_types(manifest: &Manifest) -> Result<Vec<(Input, InputType)>> {
+fn input_types(signature: &Signature) -> Result<Vec<InputType>> {
+    // Without sizes that vary, what is expected does not depend on what is found.
+    let fixed = |input: &Input| {
+        let numbers = |sizes: &[Size]| sizes.iter().map(|size| size.evaluate(&HashMap::new())).collect::<Result<_>>();
+        Ok::<_, Error>(Expected { shape: numbers(&input.shape)?, strides: numbers(&input.strides)? })
+    };
     let parse = |input: &Input| {
         let dtype = Dtype::from_name(&input.dtype)
             .ok_or_else(|| Error::format(format!("input of dtype {:?}, which is not known", input.dtype)))?;
-        let device = input.device.parse()?;
-        let (shape, strides) = (signed(&input.shape)?, signed(&input.strides)?);
-        Ok((input.clone(), InputType { dtype, device, shape, strides }))
+        let fixed = if signature.is_dynamic() { None } else { Some(fixed(input)?) };
+        Ok(InputType { dtype, device: input.device.parse()?, fixed })
     };
-    manifest.inputs().iter().map(|input| parse(input).map_err(|error: Error| error.of_key(&input.name))).collect()
+    signature.inputs.iter().map(|input| parse(input).map_err(|error: Error| error.of_key(&input.name))).collect()
 }
 
-fn check_input(tensor: &Tensor, wanted: &InputType) -> Result<()> {
+fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>) -> Result<()> {
     let (dtype, shape, strides, device) = (tensor.dtype()?, tensor.shape()?, tensor.strides()?, tensor.device()?);
     let differs = |what: &str, found: String, wanted: String| {
         Err(Error::new(ErrorKind::Mismatch, format!("input has {what} {found}, the program takes {wanted}")))
     };
+    let Some(expected) = expected else { return Err(Error::new(ErrorKind::Usage, "an input too many")) };
     if dtype != wanted.dtype {
         return differs("dtype", dtype.to_string(), wanted.dtype.to_string());
     }
-    if shape != wanted.shape {
-        return differs("shape", format!("{shape:?}"), format!("{:?}", wanted.shape));
+    if shape != expected.shape {
+        return differs("shape", format!("{shape:?}"), format!("{:?}", expected.shape));
     }
     if device.kind != wanted.device.kind {
         return differs("device", device.to_string(), wanted.device.to_string());
     }
     let counts = |dim: &usize| shape[*dim] > 1;
-    if !shape.contains(&0) && (0..shape.len()).filter(counts).any(|dim| strides[dim] != wanted.strides[dim]) {
-        return differs("strides", format!("{strides:?}"), format!("{:?}", wanted.strides));
+    if !shape.contains(&0) && (0..shape.len()).filter(counts).any(|dim| strides[dim] != expected.strides[dim]) {
+        return differs("strides", format!("{strides:?}"), format!("{:?}", expected.strides));
     }
     Ok(())
 }

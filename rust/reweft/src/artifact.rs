@@ -8,6 +8,7 @@ pub mod aotinductor;
 mod checksum;
 mod library;
 pub mod manifest;
+mod signature;
 mod stored;
 pub(crate) mod stripped;
 

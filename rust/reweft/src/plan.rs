@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::artifact::manifest::Batching;
 use crate::artifact::{Artifact, Kind, Slot};
 use crate::checkpoint::Checkpoint;
 use crate::convert;
@@ -59,6 +60,9 @@ pub struct Plan {
     pub kept: Vec<String>,
     /// What was found; blocking ones stop a refit.
     pub findings: Vec<Finding>,
+    /// What the manifest is to say of batch sizes, if something else than before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batching: Option<Batching>,
 }
 
 /// Plans the refit of `artifact` from `checkpoint`.
@@ -85,6 +89,7 @@ pub fn plan(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow) -> Resul
         refills,
         kept,
         findings: planner.findings,
+        batching: None,
     })
 }
 

@@ -10,6 +10,7 @@ use std::path::Path;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
+pub use super::signature::{Constant, Expected, Input, Leaf, Operation, Output, Signature, Size, Symbol};
 use super::{Artifact, Slot, SlotKind, Unrefittable, aotinductor::Records};
 use crate::container::zip::{Archive, append_records};
 use crate::error::{Error, ErrorKind, Result};
@@ -20,7 +21,7 @@ use crate::write::AtomicFile;
 /// Path of the manifest below the archive's root folder; torch keeps extra files in `extra/`.
 const MANIFEST: &str = "extra/reweft_manifest.json";
 /// The layout of this file; a reader refuses others.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One tensor of the compiled module, as the compiler's front end saw it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,23 +36,6 @@ pub struct Origin {
     pub used: bool,
 }
 
-/// One input tensor as it was when the package was compiled; the program takes no other shape, dtype or layout.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Input {
-    /// Name of the argument.
-    pub name: String,
-    /// Name of the dtype.
-    pub dtype: String,
-    /// Elements along each dimension.
-    pub shape: Vec<u64>,
-    /// Elements between neighbours along each dimension.
-    pub strides: Vec<u64>,
-    /// Where the tensor must be: `cpu`.
-    pub device: String,
-    /// Whether the program writes to it.
-    pub mutated: bool,
-}
-
 /// What `trace` knows and the package does not say.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Origins {
@@ -59,10 +43,22 @@ pub struct Origins {
     pub torch: String,
     /// Device the program runs on: `cpu`.
     pub device: String,
-    /// The program's inputs in call order.
-    pub inputs: Vec<Input>,
+    /// How the program is called.
+    #[serde(flatten)]
+    pub signature: Signature,
     /// Every parameter, buffer and tensor attribute.
     pub tensors: Vec<Origin>,
+}
+
+/// Which batch sizes calls may have. The names are as long as each other, so that another one moves nothing in a package.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Batching {
+    /// The one that the program was compiled for, or those that its sizes let vary.
+    #[default]
+    Single,
+    /// Any: calls are cut into chunks, since running the program showed that rows are independent.
+    Chunks,
 }
 
 /// The manifest as it is stored.
@@ -72,7 +68,9 @@ pub struct Manifest {
     version: u32,
     torch: String,
     device: String,
-    inputs: Vec<Input>,
+    #[serde(flatten)]
+    signature: Signature,
+    batching: Batching,
     weights: Option<String>,
     slots: Vec<ManifestSlot>,
     unused: Vec<String>,
@@ -123,6 +121,7 @@ pub(super) fn read(archive: &Archive, records: &Records, limits: &Limits) -> Res
     if manifest.weights != records.weights {
         return Err(Error::format("manifest is of another weights record").in_record(name));
     }
+    manifest.signature.check().map_err(|error| error.in_record(&name))?;
     Ok(Some(manifest))
 }
 
@@ -161,9 +160,18 @@ impl Manifest {
         &self.device
     }
 
-    /// The program's inputs in call order.
-    pub fn inputs(&self) -> &[Input] {
-        &self.inputs
+    /// How the program is called.
+    pub fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    /// Which batch sizes calls may have.
+    pub fn batching(&self) -> Batching {
+        self.batching
+    }
+
+    pub(crate) fn set_batching(&mut self, batching: Batching) {
+        self.batching = batching;
     }
 
     /// Names without a slot: never read, and compiled into the code.
@@ -203,7 +211,8 @@ impl ManifestSlot {
 /// copies the package once.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] if the package has a manifest already or two tensors claim one name; otherwise as
+/// [`ErrorKind::Usage`] if the package has a manifest already or two tensors claim one name;
+/// [`ErrorKind::Format`] for a signature that contradicts itself; otherwise as
 /// [`Artifact::open`] and [`ErrorKind::Io`].
 pub fn seal(package: &Path, origins: &Origins, out: &Path) -> Result<Artifact> {
     let artifact = Artifact::open(package, Access::Read, &Limits::default())?;
@@ -226,6 +235,7 @@ pub fn seal(package: &Path, origins: &Origins, out: &Path) -> Result<Artifact> {
 }
 
 fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Manifest> {
+    origins.signature.check()?;
     let mut by_name: IndexMap<&str, usize> = IndexMap::new();
     for (number, origin) in origins.tensors.iter().enumerate() {
         for name in &origin.names {
@@ -259,7 +269,8 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
         version: VERSION,
         torch: origins.torch.clone(),
         device: origins.device.clone(),
-        inputs: origins.inputs.clone(),
+        signature: origins.signature.clone(),
+        batching: Batching::Single,
         weights: records.weights.clone(),
         slots,
         unused: unused.into_iter().flat_map(|origin| origin.names.clone()).collect(),

@@ -490,7 +490,7 @@ impl<'a> Job<'a> {
     }
 
     /// The manifest with the new hashes, as the bytes that it changes and what they become. It keeps its length because
-    /// every hash is as long.
+    /// every hash is as long, and every name of a batching.
     fn new_manifest(&self, filled: &[Filled]) -> Result<Option<(Change, Vec<u8>)>> {
         let Some(mut manifest) = self.artifact.manifest().cloned() else { return Ok(None) };
         let before = manifest.to_json()?;
@@ -498,6 +498,9 @@ impl<'a> Job<'a> {
             if let (Some(slot), Some(hash)) = (manifest.slots_mut().get_mut(filled.slot), &filled.hash) {
                 slot.hash.clone_from(hash);
             }
+        }
+        if let Some(batching) = self.plan.batching {
+            manifest.set_batching(batching);
         }
         let after = manifest.to_json()?;
         if before == after {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use reweft::artifact::manifest::{Input, Origin, Origins, seal};
+use reweft::artifact::manifest::{Input, Leaf, Origin, Origins, Output, Signature, Size, seal};
 use reweft::plan::{Allow, FindingKind, Plan, plan};
 use reweft::source::{Access, Source};
 use reweft::tensor::contiguous;
@@ -37,12 +37,18 @@ fn sealed(folder: &Path) -> PathBuf {
     let input = Input {
         name: "x".into(),
         dtype: "float32".into(),
-        shape: vec![1, 3],
-        strides: vec![3, 1],
+        shape: vec![Size::Number(1), Size::Number(3)],
+        strides: vec![Size::Number(3), Size::Number(1)],
         device: "cpu".into(),
         mutated: false,
     };
-    let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), inputs: vec![input], tensors };
+    let signature = Signature {
+        inputs: vec![input],
+        leaves: vec![Leaf::Input],
+        outputs: vec![Output::Tensor],
+        ..Signature::default()
+    };
+    let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), signature, tensors };
     let out = folder.join("sealed.pt2");
     seal(&fixture("packages/plain.pt2"), &origins, &out).unwrap();
     out

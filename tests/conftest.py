@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 def pytest_configure(config: pytest.Config) -> None:
     # torch.export says it of every LSTM; it is raised through contextlib, so the filter for torch's modules misses it.
     config.addinivalue_line("filterwarnings", "ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of compiled libraries of the tests' own; the user's is left alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("REWEFT_CACHE_DIR")
+    os.environ["REWEFT_CACHE_DIR"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["REWEFT_CACHE_DIR"]
+    else:
+        os.environ["REWEFT_CACHE_DIR"] = before
 
 
 def _checked(package: Package) -> Iterator[Package]:

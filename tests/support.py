@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +22,6 @@ from models import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import pytest
 
@@ -138,3 +141,11 @@ def saved_bytes(obj: Mapping[str, object]) -> bytes:
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     return buffer.getvalue()
+
+
+def child(code: str, *args: object, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, which finds the tests' modules; `args` are its `sys.argv[1:]`."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    line = [sys.executable, "-W", "error::UserWarning:reweft", "-c", code, *map(str, args)]
+    settings = {**os.environ, "PYTHONPATH": path, **env}
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=timeout, env=settings)

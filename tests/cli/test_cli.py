@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import reweft
-from support import flip, leftovers, record_at, save, without_crc
+from support import child, flip, leftovers, record_at, save, without_crc
 
 if TYPE_CHECKING:
     from support import Package
@@ -414,3 +414,45 @@ def test_strip_and_refit(cli: Cli, digits: Package, tmp_path: Path) -> None:
     cli("refit", "net.stripped", weights, "-o", "b.pt2")
     cli("verify", "b.pt2", weights)
     assert "stripped" in cli.fails("verify", "net.stripped", weights)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("REWEFT_CACHE_DIR", str(folder))
+    return folder
+
+
+def test_list_clear_and_path(cli: Cli, cache: Path, digits: Package) -> None:
+    assert cli("cache", "path").stdout == f"{cache / 'libraries'}\n"
+    assert cli.json("cache", "path") == {"folder": str(cache / "libraries"), "max_nbytes": 1 << 30, "refused": None}
+    assert cli.json("cache", "list") == []
+    assert cli.json("cache", "clear") == {"libraries": 0, "nbytes": 0}
+    assert not cache.exists()
+
+    done = child("import sys, reweft.torch as rt; rt.load(sys.argv[1])", digits.path)
+    assert done.returncode == 0, done.stderr
+    (entry,) = cli.json("cache", "list")
+    (path,) = (cache / "libraries").glob("*.so")
+    assert (entry["file"], entry["nbytes"]) == (str(path), path.stat().st_size)
+    assert 0 <= entry["idle_seconds"] < 600
+    shown = cli("cache", "list").stdout
+    assert path.name in shown
+    assert shown.endswith(" of 1,073,741,824 bytes\n")
+
+    assert cli.json("cache", "clear") == {"libraries": 1, "nbytes": entry["nbytes"]}
+    assert [path.name for path in (cache / "libraries").iterdir()] == [".lock"]
+    assert cli("cache", "list").stdout.startswith("0 libraries")
+
+
+def test_why_a_folder_is_not_used(cli: Cli, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert "written by others" in cli("cache", "path").stderr
+    assert "written by others" in cli.json("cache", "path")["refused"]
+    assert "written by others" in cli.fails("cache", "clear")
+    monkeypatch.setenv("REWEFT_CACHE_SIZE", "0")
+    assert cli.json("cache", "path")["folder"] is None
+    assert cli("cache", "path").stdout == ""
+    monkeypatch.setenv("REWEFT_CACHE_SIZE", "many")
+    assert "REWEFT_CACHE_SIZE" in cli.fails("cache", "list")

@@ -121,6 +121,9 @@ def load(path: str | os.PathLike[str], *, replicas: int = 1) -> CompiledModule:
     writes to. The file must not be truncated or overwritten while the model lives; replacing it by a rename, as
     `reweft.refit` does, is safe.
 
+    The library is unpacked once into the user's cache of libraries (`reweft cache`), whatever processes load it, and
+    opened once in each; where there is no folder that only this user can write to, into a temporary file.
+
     Args:
         path: The `.pt2` package.
         replicas: Calls that may run at the same time. They share the weights.

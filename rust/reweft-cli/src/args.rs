@@ -27,6 +27,7 @@ pub enum Command {
     Verify(Verify),
     Strip(Strip),
     Diff(Diff),
+    Cache(Cache),
 }
 
 /// Lists what is in a checkpoint or a compiled package. Reads metadata only.
@@ -248,6 +249,32 @@ pub struct Diff {
     /// Print a JSON report.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Shows or empties the cache of compiled libraries.
+///
+/// Loading a package unpacks its library once, under a name that stands for its bytes: below REWEFT_CACHE_DIR, or `reweft`
+/// in XDG_CACHE_HOME or ~/.cache. What was used longest ago goes when all have more than REWEFT_CACHE_SIZE bytes (1GiB
+/// unless set; 0 switches the cache off). A folder that others could write to is not used.
+#[derive(Debug, clap::Args)]
+pub struct Cache {
+    /// What to do.
+    #[arg(value_enum)]
+    pub action: CacheAction,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `cache` does.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum CacheAction {
+    /// Print the libraries, the one used last first.
+    List,
+    /// Remove all of them. Processes that run one keep it.
+    Clear,
+    /// Print the folder, and why it is not used if it is not.
+    Path,
 }
 
 /// A package and the checkpoint for it.

@@ -3,6 +3,7 @@
 //! stdout is data, stderr is for people. Exit codes: 0 done, 1 a check found differences, 2 error.
 
 mod args;
+mod cache;
 mod config;
 mod diff;
 mod inspect;
@@ -44,6 +45,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Verify(command) => weights::verify(command, &mut stdout),
         Command::Strip(command) => weights::strip(command, &mut stdout),
         Command::Diff(command) => diff::run(command, &mut stdout),
+        Command::Cache(command) => cache::run(command, &mut stdout),
     };
     match result {
         Ok(true) => DONE,

@@ -37,6 +37,7 @@
 #![allow(unsafe_code)]
 
 mod binding;
+mod cache;
 mod container;
 mod device;
 mod error;
@@ -49,6 +50,7 @@ mod tensor;
 mod torch;
 
 pub use binding::{Binding, Constant, ConstantKind};
+pub use cache::{CacheEntry, LibraryCache};
 pub use container::Container;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};

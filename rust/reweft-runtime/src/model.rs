@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +15,7 @@ use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result, Tens
 use serde::Serialize;
 
 use crate::binding::Binding;
+use crate::cache::open_library;
 use crate::container::Container;
 use crate::device::Device;
 use crate::library::Library;
@@ -109,8 +109,8 @@ enum SlotBytes {
 
 impl Model {
     /// Opens a package that `reweft.torch.trace` wrote, and binds its weights. Reads all weight bytes once, to compare
-    /// their CRC; copies only buffers that the program writes to. The library is unpacked to a temporary file, which is
-    /// gone when this returns.
+    /// their CRC; copies only buffers that the program writes to. The library is unpacked once into the user's
+    /// [cache](crate::LibraryCache), and opened once in a process, however many packages hold it.
     ///
     /// # Errors
     /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that was stripped or has no manifest
@@ -136,7 +136,7 @@ impl Model {
             Some(path) => unsafe { Torch::open(path)? },
             None => Torch::from_process()?,
         };
-        // SAFETY: the caller vouches for the package; nobody else has the temporary file.
+        // SAFETY: the caller vouches for the package.
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
         let container = Container::open(&torch, &library, device, options.replicas, false)?;
         let live = packaged_weights(&artifact).map_err(in_file)?;
@@ -421,21 +421,15 @@ fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>)
     Ok(())
 }
 
-/// Writes the library where the loader can map it, opens it, and removes the name again.
+/// Opens the package's library; where it is unpacked is the cache's matter.
 ///
 /// # Safety
 /// As [`Library::open`].
 unsafe fn unpack_library(artifact: &Artifact, torch: &Torch) -> Result<Library> {
     let program = artifact.program().and_then(|program| Some((program.archive()?, program.models().first()?)));
     let (archive, model) = program.ok_or_else(|| Error::new(ErrorKind::Unsupported, "this is no compiled package"))?;
-    let bytes = archive.read(&model.library)?;
-    let failed = |error| Error::io("unpack the library to a temporary file", error);
-    let mut file = tempfile::Builder::new().prefix("reweft-").suffix(".so").tempfile().map_err(failed)?;
-    file.write_all(&bytes).map_err(failed)?;
-    // The loader knows libraries by name; this one is never used twice, because the file is made anew for each.
-    let path = file.into_temp_path();
-    // SAFETY: the caller vouches for the package; the file is private to this user.
-    Ok(unsafe { Library::open(torch, &path)? })
+    // SAFETY: the caller vouches for the package.
+    unsafe { open_library(torch, &archive.read(&model.library)?) }
 }
 
 /// The package's own weights: shared where they are, but for buffers that the program writes to.

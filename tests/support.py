@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import reweft.torch as rt
 from models import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import pytest
 
@@ -141,6 +142,19 @@ def saved_bytes(obj: Mapping[str, object]) -> bytes:
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     return buffer.getvalue()
+
+
+def with_manifest(package: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a package whose manifest was edited, with right CRCs."""
+    with zipfile.ZipFile(package) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith("reweft_manifest.json"):
+                manifest = json.loads(data)
+                edit(manifest)
+                data = json.dumps(manifest, separators=(",", ":")).encode()
+            target.writestr(name, data)
+    return out
 
 
 def child(code: str, *args: object, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:

@@ -7,11 +7,13 @@ that torch's own loader reads too, `replace_weights` puts new weights into a mod
 from __future__ import annotations
 
 from reweft.torch.compiled import CompiledModule, Refittable, ReplaceReport, load, replace_weights, save
+from reweft.torch.host import HostWarning
 from reweft.torch.tensors import checkpoint_of, tensor
 from reweft.torch.tracing import trace
 
 __all__ = [
     "CompiledModule",
+    "HostWarning",
     "Refittable",
     "ReplaceReport",
     "checkpoint_of",

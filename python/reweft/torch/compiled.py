@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from reweft.checkpoint import Checkpoint
 from reweft.checkpoint import open as open_checkpoint
 from reweft.errors import MismatchError, UsageError
 from reweft.torch.calling import Call
+from reweft.torch.host import HostWarning
 from reweft.torch.tensors import checkpoint_of, held_tensors, tensor
 
 if TYPE_CHECKING:
@@ -123,6 +125,7 @@ def load(path: str | os.PathLike[str], *, replicas: int = 1) -> CompiledModule:
 
     The library is unpacked once into the user's cache of libraries (`reweft cache`), whatever processes load it, and
     opened once in each; where there is no folder that only this user can write to, into a temporary file.
+    What `trace` recorded of the host that compiled is compared with this one before any code is loaded.
 
     Args:
         path: The `.pt2` package.
@@ -130,13 +133,20 @@ def load(path: str | os.PathLike[str], *, replicas: int = 1) -> CompiledModule:
 
     Raises:
         FormatError: The package is damaged.
-        UnsupportedError: It was not made by `trace`, or needs what the runtime does not have.
+        UnsupportedError: It was not made by `trace`, or needs what the runtime or this host does not have: a machine,
+            instructions of its processor, a device, a version of torch. Nothing in it was run.
         UsageError: Several replicas of a program that writes to buffers.
         RunError: The loader refuses the library.
         IoError: The file cannot be read.
+
+    Warns:
+        HostWarning: It was compiled by another minor version of torch, or for what cannot be looked up here.
     """
     libtorch = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return CompiledModule(_core.Model.open(path, libtorch=libtorch, replicas=replicas))
+    core = _core.Model.open(path, libtorch=libtorch, replicas=replicas)
+    for notice in core.notices():
+        warnings.warn(f"{os.fspath(path)}: {notice}", HostWarning, stacklevel=2)
+    return CompiledModule(core)
 
 
 def save(model: CompiledModule, path: str | os.PathLike[str]) -> None:

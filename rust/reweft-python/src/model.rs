@@ -42,6 +42,11 @@ impl Model {
         Ok(expected.into_iter().map(|expected| (expected.shape, expected.strides)).collect())
     }
 
+    /// What a caller should be warned of.
+    fn notices(&self) -> Vec<String> {
+        self.0.notices().to_vec()
+    }
+
     /// Pytree specifications of inputs and outputs, as JSON.
     fn call_spec(&self) -> Result<(String, String)> {
         Ok(self.0.call_spec()?)

@@ -136,8 +136,10 @@ pub fn cast(py: Python<'_>, data: &Bound<'_, PyAny>, source: &str, target: &str)
 /// Writes a copy of a fresh package with a manifest made of `origins` (JSON).
 #[pyfunction]
 pub fn seal(py: Python<'_>, package: PathBuf, origins: &str, out: PathBuf) -> Result<()> {
-    let origins: Origins =
+    let mut origins: Origins =
         serde_json::from_str(origins).map_err(|error| Error::new(ErrorKind::Usage, format!("origins: {error}")))?;
+    // The compiler ran on this host, for this host.
+    origins.target.get_or_insert_with(reweft_runtime::host);
     py.detach(|| manifest::seal(&package, &origins, &out))?;
     Ok(())
 }

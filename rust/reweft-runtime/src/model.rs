@@ -18,6 +18,7 @@ use crate::binding::Binding;
 use crate::cache::open_library;
 use crate::container::Container;
 use crate::device::Device;
+use crate::host;
 use crate::library::Library;
 use crate::memory::Lines;
 use crate::tensor::Tensor;
@@ -66,6 +67,7 @@ pub struct Model {
     device: Device,
     signature: Signature,
     inputs: Vec<InputType>,
+    notices: Vec<String>,
     /// Where each slot's bytes are, by number of the slot. Locked for the whole of a refit.
     live: Mutex<Live>,
 }
@@ -114,8 +116,8 @@ impl Model {
     ///
     /// # Errors
     /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that was stripped or has no manifest
-    /// (nothing says which inputs it takes), with operators that need a proxy executor, or for a device of another kind than the
-    /// process has; [`ErrorKind::Usage`] for several replicas of a program that writes to buffers; [`ErrorKind::Run`]
+    /// (nothing says which inputs it takes), with operators that need a proxy executor, for a device of another kind than the
+    /// process has, or for another machine, processor or torch, in which case none of its code was loaded; [`ErrorKind::Usage`] for several replicas of a program that writes to buffers; [`ErrorKind::Run`]
     /// if the loader or the program refuses.
     ///
     /// # Safety
@@ -128,6 +130,7 @@ impl Model {
         let device = check_device(manifest).map_err(in_file)?;
         let signature = manifest.signature().clone();
         let inputs = input_types(&signature).map_err(in_file)?;
+        let mut notices = host::check(&artifact, manifest).map_err(in_file)?;
         if !artifact.slots().is_empty() {
             artifact.check_weights()?;
         }
@@ -136,11 +139,12 @@ impl Model {
             Some(path) => unsafe { Torch::open(path)? },
             None => Torch::from_process()?,
         };
+        notices.extend(host::check_torch(manifest.torch(), torch.abi_version()).map_err(in_file)?);
         // SAFETY: the caller vouches for the package.
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
         let container = Container::open(&torch, &library, device, options.replicas, false)?;
         let live = packaged_weights(&artifact).map_err(in_file)?;
-        let model = Self { artifact, torch, container, device, signature, inputs, live: Mutex::default() };
+        let model = Self { artifact, torch, container, device, signature, inputs, notices, live: Mutex::default() };
         if !live.is_empty() {
             model.bind(live, &mut model.live())?;
         }
@@ -150,6 +154,11 @@ impl Model {
     /// The package that was opened.
     pub fn artifact(&self) -> &Artifact {
         &self.artifact
+    }
+
+    /// What is not as it was where the program was compiled, and need not matter.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// The libtorch it runs on.

@@ -36,6 +36,7 @@ symbols! {
     }
     optional {
         clone_strided = "aoti_torch_clone_preserve_strides": fn(RawTensor, *mut RawTensor) -> i32;
+        abi_version = "aoti_torch_abi_version": fn() -> u64;
         last_error = "torch_exception_get_what_without_backtrace": fn() -> *const c_char;
     }
 }
@@ -100,6 +101,12 @@ impl Torch {
     /// The path this libtorch was opened by, unless its symbols are global in the process.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
+    }
+
+    /// Its version as it states it, a byte for each part with the major version in the highest; `None` if it does not.
+    pub(crate) fn abi_version(&self) -> Option<u64> {
+        // SAFETY: takes nothing and reads nothing.
+        self.shim().abi_version.as_ref().map(|version| unsafe { (version.call)() })
     }
 
     /// # Safety

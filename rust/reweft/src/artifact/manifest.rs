@@ -36,6 +36,15 @@ pub struct Origin {
     pub used: bool,
 }
 
+/// What the compiler built for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// The machine: `x86_64`.
+    pub machine: String,
+    /// Instruction sets of its processor, which the code may use: `avx2`.
+    pub features: Vec<String>,
+}
+
 /// What `trace` knows and the package does not say.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Origins {
@@ -43,6 +52,9 @@ pub struct Origins {
     pub torch: String,
     /// Device the program runs on: `cpu`.
     pub device: String,
+    /// The host that compiled it.
+    #[serde(default)]
+    pub target: Option<Target>,
     /// How the program is called.
     #[serde(flatten)]
     pub signature: Signature,
@@ -68,6 +80,8 @@ pub struct Manifest {
     version: u32,
     torch: String,
     device: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    target: Option<Target>,
     #[serde(flatten)]
     signature: Signature,
     batching: Batching,
@@ -158,6 +172,11 @@ impl Manifest {
     /// Device the program runs on.
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// The host that compiled it, if the package says.
+    pub fn target(&self) -> Option<&Target> {
+        self.target.as_ref()
     }
 
     /// How the program is called.
@@ -269,6 +288,7 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
         version: VERSION,
         torch: origins.torch.clone(),
         device: origins.device.clone(),
+        target: origins.target.clone(),
         signature: origins.signature.clone(),
         batching: Batching::Single,
         weights: records.weights.clone(),

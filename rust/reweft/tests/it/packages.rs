@@ -48,7 +48,7 @@ fn sealed(folder: &Path) -> PathBuf {
         outputs: vec![Output::Tensor],
         ..Signature::default()
     };
-    let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), signature, tensors };
+    let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), target: None, signature, tensors };
     let out = folder.join("sealed.pt2");
     seal(&fixture("packages/plain.pt2"), &origins, &out).unwrap();
     out

@@ -24,7 +24,7 @@ setup: $(VENV)/installed ## Create .venv with the pinned tools
 
 build: setup ## Build the extension module and the binary, optimised
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	cargo build --quiet --release -p reweft-cli
+	cargo build --quiet --release -p reweft-cli -p serve
 
 demo: build ## Compile an untrained model, train it, refit the compiled one on disk and live
 	@$(BIN)/python tests/demo.py

@@ -8,7 +8,7 @@ use reweft::{Checkpoint, Dtype, Error, ErrorKind, KeyMap, OpenOptions, Rule};
 
 /// Put new weights into compiled models: exactly, all or nothing, without recompiling.
 ///
-/// Exit status: 0 done, 1 a check found differences, 2 error. Nothing in a file is ever executed.
+/// Exit status: 0 done, 1 a check found differences, 2 error. Nothing in a file is ever executed, but by `run`.
 #[derive(Debug, Parser)]
 #[command(name = "reweft", version)]
 pub struct Args {
@@ -27,6 +27,7 @@ pub enum Command {
     Verify(Verify),
     Strip(Strip),
     Diff(Diff),
+    Run(Run),
     Cache(Cache),
 }
 
@@ -251,11 +252,45 @@ pub struct Diff {
     pub json: bool,
 }
 
+/// Runs a compiled package once: arrays in, arrays out. **Runs native code from the package**; all else here runs none.
+///
+/// Needs no Python, and a libtorch: the one that --libtorch names, or `REWEFT_LIBTORCH`, or that of the active environment
+/// (`VIRTUAL_ENV`, `CONDA_PREFIX`). Run only packages that you would run as a program. Inputs are refused unless they have
+/// the dtype and shape that the program was compiled for.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  reweft run net.pt2 --input x.npy --output y.npy
+  reweft run net.pt2 --input x.npy --output y.npy --weights epoch3.pt --top-level-key model_state_dict")]
+pub struct Run {
+    /// A package that `reweft.torch.save` wrote.
+    pub artifact: PathBuf,
+    /// An input as numpy.save writes it. Repeatable, in the order of the program's arguments.
+    #[arg(long, value_name = "NPY")]
+    pub input: Vec<PathBuf>,
+    /// The file to write an output to. Repeatable, once for each tensor that the program returns.
+    #[arg(long, value_name = "NPY")]
+    pub output: Vec<PathBuf>,
+    /// Replace the weights by those of a checkpoint first; the package stays as it is.
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub weights: Option<PathBuf>,
+    #[command(flatten)]
+    pub keys: Keys,
+    #[command(flatten)]
+    pub allow: Allow,
+    /// The file `libtorch_cpu.so`, or the folder of a torch.
+    #[arg(long, value_name = "PATH")]
+    pub libtorch: Option<PathBuf>,
+    /// Print a JSON report.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Shows or empties the cache of compiled libraries.
 ///
-/// Loading a package unpacks its library once, under a name that stands for its bytes: below REWEFT_CACHE_DIR, or `reweft`
-/// in XDG_CACHE_HOME or ~/.cache. What was used longest ago goes when all have more than REWEFT_CACHE_SIZE bytes (1GiB
-/// unless set; 0 switches the cache off). A folder that others could write to is not used.
+/// Loading a package unpacks its library once, under a name that stands for its bytes: below `REWEFT_CACHE_DIR`, or
+/// `reweft` in `XDG_CACHE_HOME` or ~/.cache. What was used longest ago goes when all have more than `REWEFT_CACHE_SIZE` bytes
+/// (1GiB unless set; 0 switches the cache off). A folder that others could write to is not used.
 #[derive(Debug, clap::Args)]
 pub struct Cache {
     /// What to do.

@@ -8,6 +8,7 @@ mod config;
 mod diff;
 mod inspect;
 mod output;
+mod run;
 mod weights;
 
 use std::ffi::OsString;
@@ -45,6 +46,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Verify(command) => weights::verify(command, &mut stdout),
         Command::Strip(command) => weights::strip(command, &mut stdout),
         Command::Diff(command) => diff::run(command, &mut stdout),
+        Command::Run(command) => run::run(command, &mut stdout),
         Command::Cache(command) => cache::run(command, &mut stdout),
     };
     match result {

@@ -36,6 +36,7 @@
 // The crate exists to call functions found by name in native code; every block says what it rests on.
 #![allow(unsafe_code)]
 
+mod arrays;
 mod binding;
 mod cache;
 mod container;
@@ -50,6 +51,7 @@ mod symbols;
 mod tensor;
 mod torch;
 
+pub use arrays::find_libtorch;
 pub use binding::{Binding, Constant, ConstantKind};
 pub use cache::{CacheEntry, LibraryCache};
 pub use container::Container;

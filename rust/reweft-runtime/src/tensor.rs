@@ -128,18 +128,28 @@ impl Tensor {
     /// # Errors
     /// [`ErrorKind::Usage`] if `bytes` is not as long as `shape` and `dtype` say; else as [`Tensor::empty`].
     pub fn from_bytes(torch: &Torch, bytes: &[u8], shape: &[i64], dtype: Dtype) -> Result<Self> {
-        let strides = contiguous_strides(shape);
-        let wanted = extent_nbytes(shape, &strides, dtype);
+        Self::with_strides(torch, bytes, shape, &contiguous_strides(shape), dtype)
+    }
+
+    /// As [`from_bytes`](Self::from_bytes), with strides that leave no gap; `bytes` are in the order of memory.
+    pub(crate) fn with_strides(
+        torch: &Torch,
+        bytes: &[u8],
+        shape: &[i64],
+        strides: &[i64],
+        dtype: Dtype,
+    ) -> Result<Self> {
+        let wanted = extent_nbytes(shape, strides, dtype);
         if wanted != u64::try_from(bytes.len()).ok() {
             let wanted = wanted.map_or_else(|| "no countable".to_owned(), |nbytes| nbytes.to_string());
             let found = bytes.len();
             let message = format!("tensor {shape:?} of {dtype}: found {found} bytes, want {wanted}");
             return Err(Error::usage(message));
         }
-        let tensor = Self::empty(torch, shape, &strides, dtype, Device::CPU)?;
+        let tensor = Self::empty(torch, shape, strides, dtype, Device::CPU)?;
         if !bytes.is_empty() {
             let to = tensor.data_ptr()?.cast::<u8>();
-            // SAFETY: the new tensor is contiguous, has exactly that many bytes, and nobody else knows it.
+            // SAFETY: the new tensor has exactly that many bytes to its last element, and nobody else knows it.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         }
         Ok(tensor)
@@ -165,6 +175,16 @@ impl Tensor {
     pub fn try_copy(&self) -> Result<Self> {
         let shim = self.torch.shim();
         let clone = shim.clone_strided.as_ref().unwrap_or(&shim.clone);
+        let mut raw = null_mut();
+        // SAFETY: `self.raw` is live (invariant of the type) and `raw` is writable.
+        let status = unsafe { (clone.call)(self.as_raw(), &raw mut raw) };
+        // SAFETY: `raw` is what the call wrote, or null still.
+        unsafe { Self::created(&self.torch, clone, status, raw) }
+    }
+
+    /// Copies the elements into memory without gaps, on the same device.
+    pub(crate) fn try_compact(&self) -> Result<Self> {
+        let clone = &self.torch.shim().clone;
         let mut raw = null_mut();
         // SAFETY: `self.raw` is live (invariant of the type) and `raw` is writable.
         let status = unsafe { (clone.call)(self.as_raw(), &raw mut raw) };
@@ -252,10 +272,23 @@ impl Tensor {
     /// # Safety
     /// The elements are initialised, and nobody writes to the memory while the slice lives.
     pub unsafe fn bytes(&self) -> Result<&[u8]> {
+        let (shape, strides) = (self.shape()?, self.strides()?);
+        if !is_contiguous(&shape, &strides) {
+            let found = format!("{shape:?} with strides {strides:?}");
+            return Err(Error::usage(format!("bytes of a tensor: found {found}, want contiguous")));
+        }
+        // SAFETY: contiguous, so there is nothing but elements; the caller vouches for the rest.
+        unsafe { self.extent() }
+    }
+
+    /// The bytes from the first element to the end of the last one, in host memory. Copies nothing.
+    ///
+    /// # Safety
+    /// As [`bytes`](Self::bytes), and there are no gaps between elements.
+    pub(crate) unsafe fn extent(&self) -> Result<&[u8]> {
         let (shape, strides, device) = (self.shape()?, self.strides()?, self.device()?);
-        if !device.is_host() || !is_contiguous(&shape, &strides) {
-            let found = format!("{shape:?} with strides {strides:?} on {device}");
-            return Err(Error::usage(format!("bytes of a tensor: found {found}, want contiguous on the host")));
+        if !device.is_host() {
+            return Err(Error::usage(format!("bytes of a tensor: found it on {device}, want it on the host")));
         }
         let nbytes = extent_nbytes(&shape, &strides, self.dtype()?);
         let nbytes = nbytes.and_then(|nbytes| usize::try_from(nbytes).ok());
@@ -264,7 +297,7 @@ impl Tensor {
         if nbytes == 0 || ptr.is_null() {
             return Ok(&[]);
         }
-        // SAFETY: contiguous, so these bytes are the tensor's; the caller vouches for the rest.
+        // SAFETY: these bytes are the tensor's; the caller vouches for the rest.
         Ok(unsafe { std::slice::from_raw_parts(ptr, nbytes) })
     }
 

@@ -28,6 +28,7 @@ pub mod dtype;
 pub mod error;
 pub mod keymap;
 pub mod limits;
+pub mod npy;
 pub mod plan;
 pub mod recipe;
 pub mod source;

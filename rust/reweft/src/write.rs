@@ -21,6 +21,7 @@ mod watch;
 pub use atomic::AtomicFile;
 pub use convert::{ConvertReport, convert};
 pub use journal::recover;
+pub(crate) use numpy::lead as npy_lead;
 pub use options::{ConvertOptions, Shared, TargetFormat, parse_nbytes};
 pub use refit::{RefitReport, VerifyReport, refit, refit_in_place, verify};
 pub use strip::{StripReport, strip};

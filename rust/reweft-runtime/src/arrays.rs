@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use reweft::artifact::manifest::Expected;
 use reweft::npy::Array;
 use reweft::{Error, ErrorKind, Result, convert, tensor};
 
@@ -22,8 +23,13 @@ impl Model {
     /// # Errors
     /// As [`run`](Self::run).
     pub fn run_arrays(&self, inputs: &[Array]) -> Result<Vec<Option<Array>>> {
-        let mut wanted = self.inputs().map(|input| &input.strides);
-        let tensor = |array: &Array| lay_out(self.torch(), array, wanted.next().map_or(&[], Vec::as_slice));
+        let signed = |size: &u64| i64::try_from(*size).unwrap_or(i64::MAX);
+        let shapes: Vec<Vec<i64>> = inputs.iter().map(|array| array.shape.iter().map(signed).collect()).collect();
+        // Shapes that are wrong are refused by the call, which says more.
+        let expected = self.signature().expect(&shapes).unwrap_or_default();
+        let strides = |expected: &Expected| expected.strides.iter().map(|stride| stride.unsigned_abs()).collect();
+        let mut wanted = expected.iter().map(strides);
+        let tensor = |array: &Array| lay_out(self.torch(), array, &wanted.next().unwrap_or_else(Vec::new));
         let outputs = self.run(inputs.iter().map(tensor).collect::<Result<_>>()?)?;
         outputs.into_iter().map(|output| output.as_ref().map(gather).transpose()).collect()
     }

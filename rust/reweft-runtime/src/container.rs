@@ -12,7 +12,7 @@ use reweft::Dtype;
 use crate::binding::{Binding, Constant, ConstantKind, Weights};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::gate::Gate;
+use crate::gate::{self, Gate};
 use crate::library::{Library, Pair, RawContainer};
 use crate::symbols::Function;
 use crate::tensor::Tensor;
@@ -50,10 +50,17 @@ pub struct Container {
 }
 
 /// The weights in use.
+#[derive(Default)]
 struct Active {
     weights: Arc<Weights>,
     /// Whether they are the container's own copy of weights from inside the library.
     own: bool,
+}
+
+/// A call that is inside: until it is dropped, the container keeps its weights.
+pub(crate) struct Pass<'a> {
+    container: &'a Container,
+    _inside: gate::Shared<'a>,
 }
 
 // SAFETY: the library's functions may be called from any thread, and together as this type calls them: `Run`
@@ -103,7 +110,7 @@ impl Container {
             alone: single_threaded.then(Mutex::default),
             gate: Gate::default(),
             refit: Mutex::default(),
-            active: Mutex::new(Active { weights: Arc::default(), own: false }),
+            active: Mutex::default(),
             filled: AtomicBool::new(false),
         };
         // From here on dropping `this` deletes the container, whatever fails.
@@ -359,15 +366,29 @@ impl Container {
     /// the environment before its first call: it indexes memory by the numbers it was compiled with.
     /// A program that writes to a buffer has one replica, or is called by one thread at a time.
     pub unsafe fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
-        let (found, wanted) = (inputs.len(), self.num_inputs());
-        if found != wanted {
-            return Err(Error::usage(format!("inputs: found {found}, want {wanted}")));
-        }
-        let _pass = self.gate.enter();
-        // The gate could do this too, but handing it on in strict order costs a switch of threads a call.
-        let _alone = self.alone.as_ref().map(lock);
         // SAFETY: passed on to the caller.
-        unsafe { self.call(inputs) }
+        unsafe { self.enter().run(inputs) }
+    }
+
+    /// Waits for a refit that is swapping, if there is one.
+    pub(crate) fn enter(&self) -> Pass<'_> {
+        Pass { container: self, _inside: self.gate.enter() }
+    }
+
+    /// Waits for the calls inside and lets go of all weights. The container must be refitted before it runs again.
+    ///
+    /// What the bindings kept alive is dropped before this returns, with the exception that [`Container::refit`] makes.
+    /// The library keeps handles to memory that may be gone; it reads none of them, as it is not called unfilled.
+    pub(crate) fn clear(&self) {
+        let mut retired = lock(&self.refit);
+        let old = {
+            let _alone = self.gate.close();
+            self.filled.store(false, Ordering::Release);
+            std::mem::take(&mut *self.active())
+        };
+        let finished = if self.device.is_host() { Some(old.weights) } else { retired.replace(old.weights) };
+        drop(retired);
+        drop(finished);
     }
 
     /// # Safety
@@ -522,6 +543,26 @@ impl Container {
         name: &Function<unsafe extern "C" fn(RawContainer, usize, *mut *const c_char) -> i32>,
     ) -> Result<Vec<String>> {
         (0..self.get(count)?).map(|row| self.name(name, row)).collect()
+    }
+}
+
+impl Pass<'_> {
+    /// Runs the program as [`Container::run`] does.
+    ///
+    /// # Errors
+    /// As [`Container::run`].
+    ///
+    /// # Safety
+    /// As [`Container::run`].
+    pub unsafe fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
+        let (found, wanted) = (inputs.len(), self.container.num_inputs());
+        if found != wanted {
+            return Err(Error::usage(format!("inputs: found {found}, want {wanted}")));
+        }
+        // The gate could do this too, but handing it on in strict order costs a switch of threads a call.
+        let _alone = self.container.alone.as_ref().map(lock);
+        // SAFETY: passed on to the caller; inside the gate, and alone where that is asked for.
+        unsafe { self.container.call(inputs) }
     }
 }
 

@@ -47,6 +47,8 @@ mod host;
 mod library;
 mod memory;
 mod model;
+mod permits;
+mod serving;
 mod symbols;
 mod tensor;
 mod torch;

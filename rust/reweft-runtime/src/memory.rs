@@ -23,7 +23,7 @@ pub struct Lines {
 
 // SAFETY: a plain block of bytes; who may write when is the contract of the type.
 unsafe impl Send for Lines {}
-// SAFETY: as above. Shared readers exist only for slots that the program never writes to.
+// SAFETY: as above. Slots that the program writes to are read only while no call runs.
 unsafe impl Sync for Lines {}
 
 impl Lines {
@@ -42,15 +42,15 @@ impl Lines {
         Self { lines: unsafe { lines.assume_init() }, nbytes }
     }
 
+    /// Copies the bytes; the caller knows that no call is writing to them.
+    pub fn copy(&self) -> Self {
+        Self::from_bytes(self.as_bytes())
+    }
+
     /// The bytes, for the one who holds them alone.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the lines are contiguous, longer than `nbytes`, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.as_ptr().cast(), self.nbytes) }
-    }
-
-    /// Number of bytes.
-    pub fn nbytes(&self) -> usize {
-        self.nbytes
     }
 
     /// Address of the first byte. There is always a line, so it is never dangling.

@@ -16,11 +16,11 @@ use serde::Serialize;
 
 use crate::binding::Binding;
 use crate::cache::open_library;
-use crate::container::Container;
 use crate::device::Device;
 use crate::host;
 use crate::library::Library;
 use crate::memory::Lines;
+use crate::serving::Serving;
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -63,13 +63,13 @@ pub struct LiveReport {
 pub struct Model {
     artifact: Artifact,
     torch: Torch,
-    container: Container,
+    serving: Serving,
     device: Device,
     signature: Signature,
     inputs: Vec<InputType>,
     notices: Vec<String>,
     /// Where each slot's bytes are, by number of the slot. Locked for the whole of a refit.
-    live: Mutex<Live>,
+    live: Mutex<Vec<SlotBytes>>,
 }
 
 /// What an input must be, parsed once.
@@ -78,26 +78,6 @@ struct InputType {
     device: Device,
     /// Shape and strides, unless they vary.
     fixed: Option<Expected>,
-}
-
-/// Where the weights are, by number of the slot.
-#[derive(Default)]
-struct Live {
-    slots: Vec<SlotBytes>,
-    /// Memory of the weights before, to be filled by the next refit that copies: touching fresh pages would take
-    /// longer than the copy.
-    spare: Vec<Option<Arc<Lines>>>,
-}
-
-impl Live {
-    /// Memory for a slot that nobody else has: spare, or fresh.
-    fn take(&mut self, slot: usize, nbytes: usize) -> Lines {
-        let spare = self.spare.get_mut(slot).and_then(Option::take);
-        spare
-            .and_then(Arc::into_inner)
-            .filter(|lines| lines.nbytes() == nbytes)
-            .unwrap_or_else(|| Lines::zeroed(nbytes))
-    }
 }
 
 /// The bytes a slot runs on.
@@ -142,9 +122,9 @@ impl Model {
         notices.extend(host::check_torch(manifest.torch(), torch.abi_version()).map_err(in_file)?);
         // SAFETY: the caller vouches for the package.
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
-        let container = Container::open(&torch, &library, device, options.replicas, false)?;
+        let serving = Serving::open(&torch, &library, device, options.replicas)?;
         let live = packaged_weights(&artifact).map_err(in_file)?;
-        let model = Self { artifact, torch, container, device, signature, inputs, notices, live: Mutex::default() };
+        let model = Self { artifact, torch, serving, device, signature, inputs, notices, live: Mutex::default() };
         if !live.is_empty() {
             model.bind(live, &mut model.live())?;
         }
@@ -176,7 +156,7 @@ impl Model {
     /// # Errors
     /// [`ErrorKind::Run`] if the program does not tell.
     pub fn call_spec(&self) -> Result<(String, String)> {
-        Ok(self.container.call_spec()?)
+        Ok(self.serving.program().call_spec()?)
     }
 
     /// Runs the program. Copies nothing; calls beyond the number of replicas wait.
@@ -195,7 +175,7 @@ impl Model {
         self.check_inputs(&inputs).map_err(|error| error.in_file(self.artifact.path()))?;
         // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
         // to buffers has one replica, so that its calls follow one another.
-        Ok(unsafe { self.container.run(inputs)? })
+        Ok(unsafe { self.serving.run(inputs)? })
     }
 
     fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
@@ -218,9 +198,11 @@ impl Model {
 
     /// Replaces the weights, all or none, while calls are running.
     ///
+    /// Calls do not wait for it, nor for one another because of it; only those of a program that writes to buffers wait
+    /// while it switches. This returns when the last call has left the old weights, and their memory is released.
+    ///
     /// Tensors of a mapped checkpoint whose layout is the slot's are used where they are, after their CRC was
-    /// compared; all others are copied, those in memory always, so that a later edit of them changes nothing here. The
-    /// memory of copied weights is kept for the next refit, so that a model refitted from memory holds two sets.
+    /// compared; all others are copied, those in memory always, so that a later edit of them changes nothing here.
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] if the plan has blocking findings; read errors. The old weights then stay.
@@ -228,7 +210,7 @@ impl Model {
         let planned = plan(&self.artifact, checkpoint, allow)?;
         planned.check()?;
         let mut live = self.live();
-        let mut next = live.slots.clone();
+        let mut next = live.clone();
         let mut nbytes_copied = 0;
         for refill in &planned.refills {
             let (Some(slot), Some(place)) = (self.artifact.slots().get(refill.slot), next.get_mut(refill.slot)) else {
@@ -238,8 +220,7 @@ impl Model {
                 bytes
             } else {
                 nbytes_copied += slot.nbytes;
-                let nbytes = reweft::source::to_usize(slot.nbytes)?;
-                let mut lines = live.take(refill.slot, nbytes);
+                let mut lines = Lines::zeroed(reweft::source::to_usize(slot.nbytes)?);
                 refill.recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
                 SlotBytes::Own(Arc::new(lines))
             };
@@ -251,22 +232,22 @@ impl Model {
     }
 
     /// The weights in use, as a checkpoint under the slots' names. Shares the bytes of the weights and copies the
-    /// buffers that the program writes to.
+    /// buffers that the program writes to, for which it waits for the running call.
     ///
     /// # Errors
-    /// [`ErrorKind::Run`] if the program does not hand out its buffers.
+    /// [`ErrorKind::Format`] if a file has become shorter than its weights.
     pub fn state(&self) -> Result<Checkpoint> {
         let live = self.live();
-        let written = self.written_buffers()?;
-        let mut sources: Vec<Source> = Vec::with_capacity(live.slots.len());
-        let mut tensors = Vec::with_capacity(live.slots.len());
-        for (number, (slot, bytes)) in self.artifact.slots().iter().zip(&live.slots).enumerate() {
-            let source = match (written.get(number).and_then(Option::as_ref), bytes) {
-                (Some(copy), _) => Arc::new(copy.clone()) as Source,
-                (None, SlotBytes::Shared(source, byte_offset)) => {
+        let _still = self.writes().then(|| self.serving.pause());
+        let mut sources: Vec<Source> = Vec::with_capacity(live.len());
+        let mut tensors = Vec::with_capacity(live.len());
+        for (number, (slot, bytes)) in self.artifact.slots().iter().zip(&*live).enumerate() {
+            let source: Source = match bytes {
+                SlotBytes::Own(lines) if slot.mutated => Arc::new(lines.copy()),
+                SlotBytes::Own(lines) => Arc::new(Window::new(Arc::clone(lines) as Source, 0, slot.nbytes)?),
+                SlotBytes::Shared(source, byte_offset) => {
                     Arc::new(Window::new(Arc::clone(source), *byte_offset, slot.nbytes)?)
                 }
-                (None, SlotBytes::Own(lines)) => Arc::new(Window::new(Arc::clone(lines) as Source, 0, slot.nbytes)?),
             };
             let (shape, strides) = (slot.shape.clone(), slot.strides.clone());
             sources.push(source);
@@ -276,32 +257,13 @@ impl Model {
         Checkpoint::from_memory(Path::new("live weights"), sources, tensors)
     }
 
-    /// Bytes of the slots that the program writes to, by number of the slot.
-    fn written_buffers(&self) -> Result<Vec<Option<Vec<u8>>>> {
-        let slots = self.artifact.slots();
-        let mut copies = vec![None; slots.len()];
-        if !slots.iter().any(|slot| slot.mutated) {
-            return Ok(copies);
-        }
-        for (fqn, tensor) in self.container.extract()? {
-            let constant = self.container.constants().iter().find(|constant| constant.fqn == fqn);
-            let number = constant
-                .and_then(|constant| slots.iter().position(|slot| slot.constant == constant.name && slot.mutated));
-            if let Some(number) = number {
-                // SAFETY: the tensor is a copy that nobody else has.
-                copies[number] = Some(unsafe { tensor.bytes()? }.to_vec());
-            }
-        }
-        match slots.iter().zip(&copies).find(|(slot, copy)| slot.mutated && copy.is_none()) {
-            None => Ok(copies),
-            Some((slot, _)) => {
-                Err(Error::new(ErrorKind::Run, "the program does not hand out this buffer").of_key(&slot.name))
-            }
-        }
+    /// Whether the program writes to buffers. It has one replica then.
+    fn writes(&self) -> bool {
+        self.artifact.slots().iter().any(|slot| slot.mutated)
     }
 
     /// Hands a full set of weights to the program and remembers where they are.
-    fn bind(&self, next: Vec<SlotBytes>, live: &mut Live) -> Result<()> {
+    fn bind(&self, next: Vec<SlotBytes>, live: &mut Vec<SlotBytes>) -> Result<()> {
         let mut bindings = Vec::with_capacity(next.len());
         for (slot, bytes) in self.artifact.slots().iter().zip(&next) {
             let (shape, strides) = (signed(&slot.shape)?, signed(&slot.strides)?);
@@ -313,22 +275,14 @@ impl Model {
             // A row has the size of the storage that the tensor was a view of when it was compiled.
             bindings.push(binding.in_storage_of(slot.row_nbytes));
         }
-        self.container.refit(bindings)?;
-        let before = std::mem::replace(&mut live.slots, next);
-        // Of the set before, the program holds nothing any more; what serves on in this set is not spare.
-        let serves = |number: usize, lines: &Arc<Lines>| matches!(live.slots.get(number), Some(SlotBytes::Own(own)) if Arc::ptr_eq(own, lines));
-        live.spare = before
-            .into_iter()
-            .enumerate()
-            .map(|(number, bytes)| match bytes {
-                SlotBytes::Own(lines) if !serves(number, &lines) => Some(lines),
-                _ => None,
-            })
-            .collect();
+        // A buffer that is kept is bound to both containers, so no call may be in either while they change.
+        let _still = self.writes().then(|| self.serving.pause());
+        self.serving.replace(bindings)?;
+        *live = next;
         Ok(())
     }
 
-    fn live(&self) -> MutexGuard<'_, Live> {
+    fn live(&self) -> MutexGuard<'_, Vec<SlotBytes>> {
         // A panic in a refit leaves the old list in place, which is still what the program runs on.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -354,7 +308,7 @@ impl fmt::Debug for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Model")
             .field("path", &self.artifact.path())
-            .field("container", &self.container)
+            .field("container", self.serving.program())
             .finish_non_exhaustive()
     }
 }

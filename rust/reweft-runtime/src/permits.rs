@@ -1,0 +1,118 @@
+//! How many calls run at the same time.
+//!
+//! A call that waits does so here, before it has chosen its weights, so that it runs on the newest ones. Calls do not
+//! queue among themselves: handing permits on in strict order costs a switch of threads a call. A refit that needs the
+//! program to stand still goes before all of them, or two threads that call in a loop would keep it waiting.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+pub(crate) struct Permits {
+    state: Mutex<State>,
+    freed: Condvar,
+    freed_for_first: Condvar,
+}
+
+struct State {
+    free: usize,
+    /// Who goes before all calls, and waits.
+    first: usize,
+}
+
+/// The right to run one call, or to know that one less runs.
+pub(crate) struct Permit<'a>(&'a Permits);
+
+impl Permits {
+    pub fn new(count: usize) -> Self {
+        let state = Mutex::new(State { free: count, first: 0 });
+        Self { state, freed: Condvar::new(), freed_for_first: Condvar::new() }
+    }
+
+    /// Waits for a permit.
+    pub fn acquire(&self) -> Permit<'_> {
+        let mut state = self.lock();
+        while state.free == 0 || state.first > 0 {
+            state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.free -= 1;
+        Permit(self)
+    }
+
+    /// Waits for a permit before all calls that wait.
+    pub fn acquire_first(&self) -> Permit<'_> {
+        let mut state = self.lock();
+        state.first += 1;
+        while state.free == 0 {
+            state = self.freed_for_first.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.first -= 1;
+        state.free -= 1;
+        if state.first == 0 && state.free > 0 {
+            self.freed.notify_all();
+        }
+        Permit(self)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.free += 1;
+        if state.first > 0 { &self.0.freed_for_first } else { &self.0.freed }.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn no_more_run_than_there_are_permits() {
+        for count in [1, 3] {
+            let (permits, inside, most) = (Permits::new(count), AtomicUsize::new(0), AtomicUsize::new(0));
+            thread::scope(|scope| {
+                for number in 0..6 {
+                    let (permits, inside, most) = (&permits, &inside, &most);
+                    scope.spawn(move || {
+                        for _ in 0..300 {
+                            let _permit = if number == 0 { permits.acquire_first() } else { permits.acquire() };
+                            most.fetch_max(inside.fetch_add(1, SeqCst) + 1, SeqCst);
+                            thread::yield_now();
+                            inside.fetch_sub(1, SeqCst);
+                        }
+                    });
+                }
+            });
+            assert!(most.load(SeqCst) <= count);
+            assert_eq!(permits.lock().free, count);
+        }
+    }
+
+    #[test]
+    fn one_who_goes_first_is_not_kept_waiting_by_a_loop_of_calls() {
+        let (permits, stop) = (Permits::new(1), AtomicBool::new(false));
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(SeqCst) {
+                        let _permit = permits.acquire();
+                        thread::sleep(Duration::from_micros(200));
+                    }
+                });
+            }
+            let start = Instant::now();
+            for _ in 0..100 {
+                drop(permits.acquire_first());
+            }
+            stop.store(true, SeqCst);
+            // Each waits for at most the one call that runs.
+            assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        });
+    }
+}

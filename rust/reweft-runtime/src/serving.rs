@@ -1,0 +1,117 @@
+//! Serving: two containers of one program, so that no call waits because the weights change.
+//!
+//! Calls run in one container while the other takes the new weights; then new calls go to the other. The refit waits for
+//! the calls that are still in the first, and lets go of the old weights; nobody else waits for them.
+//!
+//! Locks are taken in the order `Model::live`, permit, `current`, gate, and a permit is never held while `live` is taken.
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::binding::Binding;
+use crate::container::{Container, Pass};
+use crate::device::Device;
+use crate::error::Result;
+use crate::library::Library;
+use crate::permits::{Permit, Permits};
+use crate::tensor::Tensor;
+use crate::torch::Torch;
+
+pub(crate) struct Serving {
+    torch: Torch,
+    library: Library,
+    device: Device,
+    replicas: usize,
+    first: Container,
+    /// Made by the first replacement: a model that is never refitted needs none.
+    second: OnceLock<Container>,
+    /// Whether calls go to the second container.
+    on_second: Mutex<bool>,
+    permits: Permits,
+}
+
+impl Serving {
+    /// Makes a container without weights.
+    ///
+    /// # Errors
+    /// As [`Container::open`].
+    pub fn open(torch: &Torch, library: &Library, device: Device, replicas: usize) -> Result<Self> {
+        let first = Container::open(torch, library, device, replicas, false)?;
+        Ok(Self {
+            torch: torch.clone(),
+            library: library.clone(),
+            device,
+            replicas,
+            first,
+            second: OnceLock::new(),
+            on_second: Mutex::new(false),
+            permits: Permits::new(replicas),
+        })
+    }
+
+    /// What both containers have in common: the program and its signature.
+    pub fn program(&self) -> &Container {
+        &self.first
+    }
+
+    /// Runs the program, when one of `replicas` calls is free, on the weights that are newest then.
+    ///
+    /// # Errors
+    /// As [`Container::run`].
+    ///
+    /// # Safety
+    /// As [`Container::run`].
+    pub unsafe fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
+        let _permit = self.permits.acquire();
+        // SAFETY: passed on to the caller.
+        unsafe { self.enter().run(inputs) }
+    }
+
+    /// Waits until one call less runs, before all calls that wait. With one replica none runs then.
+    pub fn pause(&self) -> Permit<'_> {
+        self.permits.acquire_first()
+    }
+
+    /// Enters the container that serves. Whoever is in reads one set of weights.
+    fn enter(&self) -> Pass<'_> {
+        let on_second = self.lock();
+        // Entered under the lock: a refit that switches afterwards waits for this call.
+        self.side(*on_second).enter()
+    }
+
+    /// Replaces all weights. One at a time: the caller holds a lock.
+    ///
+    /// The old weights are gone when this returns. A program that writes to buffers has one replica, and the caller has
+    /// paused it.
+    ///
+    /// # Errors
+    /// As [`Container::refit`]; the old weights then serve on.
+    pub fn replace(&self, bindings: Vec<Binding>) -> Result<()> {
+        let on_second = *self.lock();
+        let serves = self.side(on_second);
+        if !serves.is_filled() {
+            return serves.refit(bindings);
+        }
+        let idle = if on_second { &self.first } else { self.second()? };
+        idle.refit(bindings)?;
+        *self.lock() = !on_second;
+        serves.clear();
+        Ok(())
+    }
+
+    /// The second container, made when it is needed first.
+    fn second(&self) -> Result<&Container> {
+        if let Some(second) = self.second.get() {
+            return Ok(second);
+        }
+        let second = Container::open(&self.torch, &self.library, self.device, self.replicas, false)?;
+        Ok(self.second.get_or_init(|| second))
+    }
+
+    fn side(&self, on_second: bool) -> &Container {
+        self.second.get().filter(|_| on_second).unwrap_or(&self.first)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.on_second.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -73,7 +73,10 @@ def refuse(call: Any, path: Path) -> None:
 
 def test_nobody_takes_zeros_for_weights(digits: Package, stripped: Path, tmp_path: Path) -> None:
     before, weights = stripped.read_bytes(), save_state(digits.module(0), tmp_path / "x.pt")
-    refuse(lambda: rt.load(stripped), stripped)
+    with pytest.raises(reweft.RunError, match="no weights") as error:
+        rt.load(stripped)(*digits.inputs)
+    assert_says(error, stripped)
+    assert_hints(error)
     refuse(lambda: reweft.open(stripped), stripped)
     refuse(lambda: reweft.extract(stripped, tmp_path / "y.pt"), stripped)
     refuse(lambda: reweft.verify(stripped, weights), stripped)

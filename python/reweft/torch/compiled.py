@@ -6,24 +6,25 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from torch.export import ExportedProgram
 
 from reweft import _core
 from reweft.checkpoint import Checkpoint
-from reweft.checkpoint import open as open_checkpoint
 from reweft.errors import MismatchError, UsageError
 from reweft.torch.calling import Call
 from reweft.torch.host import HostWarning
-from reweft.torch.tensors import checkpoint_of, held_tensors, tensor
+from reweft.torch.sources import Source, source_of
+from reweft.torch.tensors import tensor
 
 if TYPE_CHECKING:
     from reweft.keymap import KeyMap
 
-__all__ = ["CompiledModule", "Refittable", "ReplaceReport", "load", "replace_weights", "save"]
+__all__ = ["CompiledModule", "Refittable", "ReplaceReport", "Weights", "load", "replace_weights", "save"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ReplaceReport:
     nbytes: int
     """Bytes of the filled slots."""
     bytes_copied: int
-    """Of these, bytes that were copied. The others are used where the mapped checkpoint has them."""
+    """Of these, bytes that were copied. The others are used where the mapped file, or whoever lent them, has them."""
     notices: tuple[str, ...]
     """What a careful reader should know."""
 
@@ -61,8 +62,12 @@ class CompiledModule:
     It computes without gradients.
     """
 
-    def __init__(self, core: _core.Model) -> None:
+    inline_weights: bool
+    """Whether `save` writes the weights into the package; False for one that was opened without them."""
+
+    def __init__(self, core: _core.Model, *, inline_weights: bool | None = None) -> None:
         self._core = core
+        self.inline_weights = not core.is_stripped if inline_weights is None else inline_weights
         self._call = Call(core)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +79,7 @@ class CompiledModule:
             UsageError: The arguments have another structure than the examples had.
             MismatchError: An input has another dtype, shape or device than the program takes, or an argument that is no
                 tensor another value than it was compiled with.
-            RunError: The program failed.
+            RunError: The program failed, or the package was stripped of its weights and has not been given any.
         """
         inputs = self._call.arguments(args, kwargs)
         # The two functions pass tensors by handle; torch documents no public ones that cost no copy.
@@ -102,8 +107,31 @@ class CompiledModule:
         _names, unused = self._core.names()
         return Refittable(tuple(self.slots()), tuple(unused), dict(self._core.unrefittable()))
 
+    @property
+    def load_report(self) -> ReplaceReport | None:
+        """What `load(path, weights=...)` did with the weights; None if there were none."""
+        report = self._core.load_report()
+        return None if report is None else _report(report)
+
+    @property
+    def weights_version(self) -> str:
+        """A hash of the weights in use: of names, dtypes, shapes and elements.
+
+        Equal for equal weights, whatever they came from, also after others served in between. Buffers that the program
+        writes to are left out. The first look after a replacement reads the weights that it brought, further ones read
+        nothing; tensors that were shared with `copy=False` are read each time. A replacement never computes it.
+
+        Raises:
+            RunError: The package was stripped of its weights and has not been given any.
+        """
+        return self._core.weights_version()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights in use, copied, under the slots' names; tied weights are there once for each name."""
+        """The weights in use, copied, under the slots' names; tied weights are there once for each name.
+
+        Raises:
+            RunError: The package was stripped of its weights and has not been given any.
+        """
         checkpoint = Checkpoint(self._core.state())
         state: dict[str, torch.Tensor] = {}
         for names in self.slots():
@@ -116,91 +144,180 @@ class CompiledModule:
         return f"<CompiledModule ({inputs}), {len(self.slots())} slots>"
 
 
-def load(path: str | os.PathLike[str], *, replicas: int = 1) -> CompiledModule:
+Weights: TypeAlias = (
+    torch.nn.Module
+    | ExportedProgram
+    | Mapping[str, torch.Tensor]
+    | str
+    | os.PathLike[str]
+    | Checkpoint
+    | CompiledModule
+)
+"""What weights may come from."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights | None = None,
+    replicas: int = 1,
+    top_level_key: str | None = None,
+    keys: KeyMap | None = None,
+    strict: bool = True,
+    allow_cast: bool = False,
+) -> CompiledModule:
     """Open a package that `save` wrote, and run it. **Runs native code from the package**: it is a program.
 
-    Reads all weights once to compare their CRC, and maps them; nothing is copied but buffers that the program
+    Reads all packaged weights once to compare their CRC, and maps them; nothing is copied but buffers that the program
     writes to. The file must not be truncated or overwritten while the model lives; replacing it by a rename, as
     `reweft.refit` does, is safe.
 
     The library is unpacked once into the user's cache of libraries (`reweft cache`), whatever processes load it, and
     opened once in each; where there is no folder that only this user can write to, into a temporary file.
     What `trace` recorded of the host that compiled is compared with this one before any code is loaded.
+    With `weights`, the model starts on those, as if `replace_weights` had been called, and packaged weights that they
+    take the place of are not read; `load_report` says what was done. A package without weights, as
+    `save(inline_weights=False)` and `reweft.strip` write, needs them before it runs: here, or by `replace_weights`.
 
     Args:
         path: The `.pt2` package.
+        weights: Weights to start on; see `replace_weights`.
         replicas: Calls that may run at the same time. They share the weights.
+        top_level_key: Dotted path of the dict that holds the weights; for files.
+        keys: Rules from keys to slot names; None means identical names.
+        strict: If True, a slot without a key or a key without a slot is an error. If False, slots without a key keep
+            what the package has for them; where it has nothing, it is an error still.
+        allow_cast: Convert between float dtypes, rounding to nearest even.
 
     Raises:
-        FormatError: The package is damaged.
+        FormatError: The package, or the file of weights, is damaged.
         UnsupportedError: It was not made by `trace`, or needs what the runtime or this host does not have: a machine,
             instructions of its processor, a device, a version of torch. Nothing in it was run.
-        UsageError: Several replicas of a program that writes to buffers.
+        MismatchError: The weights do not fit.
+        UsageError: Several replicas of a program that writes to buffers; options of weights without any.
         RunError: The loader refuses the library.
         IoError: The file cannot be read.
 
     Warns:
         HostWarning: It was compiled by another minor version of torch, or for what cannot be looked up here.
     """
+    if weights is None and (top_level_key is not None or keys is not None):
+        raise UsageError("top_level_key and keys are for weights, of which there are none")
+    checkpoint = None
+    if weights is not None:
+        # These have tensors that are in no state_dict; the slots say which of them are wanted.
+        needs_names = isinstance(weights, torch.nn.Module | ExportedProgram)
+        names = [tuple(slot) for slot in _core.slot_names(path)] if needs_names else []
+        checkpoint = _rekeyed(_source(names, weights, top_level_key).checkpoint, keys)._core  # noqa: SLF001  (one package)
     libtorch = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    core = _core.Model.open(path, libtorch=libtorch, replicas=replicas)
+    core = _core.Model.open(
+        path,
+        libtorch=libtorch,
+        replicas=replicas,
+        weights=checkpoint,
+        cast=allow_cast,
+        missing=not strict,
+        unused=not strict,
+    )
     for notice in core.notices():
         warnings.warn(f"{os.fspath(path)}: {notice}", HostWarning, stacklevel=2)
     return CompiledModule(core)
 
 
-def save(model: CompiledModule, path: str | os.PathLike[str]) -> None:
+def save(model: CompiledModule, path: str | os.PathLike[str], *, inline_weights: bool | None = None) -> None:
     """Write the package with the weights in use. Costs one copy of it; the file appears whole or not at all.
 
     The result is a plain AOTInductor package that `torch._inductor.aoti_load_package` loads with its weights.
 
+    Args:
+        model: The model.
+        path: The `.pt2` package to write.
+        inline_weights: If False, the weights of the state_dict are left out, and only reweft opens the result:
+            `load(path, weights=...)`, or `reweft.refit` to make a whole package of it. It holds the program, a few
+            megabytes, and what no state_dict has. None means as the model was traced or loaded.
+
     Raises:
         IoError: Writing failed; `path` is as it was.
+        UsageError: There are no weights to leave out.
+        RunError: The package was stripped of its weights and has not been given any.
     """
-    model._core.save(path)  # noqa: SLF001  (one package)
+    inline = model.inline_weights if inline_weights is None else inline_weights
+    model._core.save(path, inline_weights=inline)  # noqa: SLF001  (one package)
 
 
 def replace_weights(
     model: CompiledModule,
-    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str] | Checkpoint,
+    weights: Weights,
     *,
-    top_level_key: str | None = None,
-    keys: KeyMap | None = None,
+    strict: bool = True,
     allow_cast: bool = False,
-    allow_missing: bool = False,
-    allow_unused: bool = False,
+    keys: KeyMap | None = None,
+    copy: bool = True,
+    state: Literal["replace", "keep"] = "replace",
+    top_level_key: str | None = None,
+    allow_missing: bool | None = None,
+    allow_unused: bool | None = None,
 ) -> ReplaceReport:
     """Replace the weights of a model, all or none, while it serves.
 
-    Calls that are running finish on the old weights; calls that start afterwards use the new ones. Tensors in memory
-    are copied, so that a later edit of them changes nothing here. A path is mapped, and tensors whose layout is the
-    slot's are used where the file has them, after their CRC was compared: the file must not be truncated or
-    overwritten while the model lives.
+    Calls that are running finish on the old weights; calls that start afterwards use the new ones, and no call waits
+    for another because of it. When this returns, the last call has left the old weights and their memory is released.
+
+    Tensors in memory are copied, so that a later edit of them changes nothing here. A path is mapped, and tensors whose
+    layout is the slot's are used where the file has them, after their CRC was compared: the file must not be truncated
+    or overwritten while the model lives. The weights of another model are shared with it.
+
+    With `copy=False`, tensors in memory are shared with the caller if dtype, strides and alignment are the slot's and
+    the program does not write to it. What could not be shared is copied, counted in `bytes_copied` and named in a
+    notice. **Whoever shares promises** that the tensors keep their storage until the model has other weights or is
+    gone: no `resize_`, no `set_`, nothing that frees or moves it; dropping the tensors is safe, the model holds the
+    storage. An edit in place shows at once, also in the middle of a call, which then computes with some old and some
+    new elements. Of two tensors that are tied in the model only the first is followed.
 
     Args:
         model: The model.
-        weights: A module of the same architecture, a state_dict, a checkpoint file or an open checkpoint.
-        top_level_key: Dotted path of the dict that holds the weights; for files.
-        keys: Rules from keys to slot names; None means identical names.
+        weights: A module of the same architecture, or its exported program, a state_dict, a checkpoint file, an open
+            checkpoint, or another compiled module.
+        strict: If True, a slot without a key or a key without a slot is an error. If False, slots without a key stay as
+            they are and keys without a slot are left out.
         allow_cast: Convert between float dtypes, rounding to nearest even.
-        allow_missing: Leave slots as they are for which there is no key.
-        allow_unused: Leave out keys for which there is no slot.
+        keys: Rules from keys to slot names; None means identical names.
+        copy: If False, share tensors in memory instead of copying them.
+        state: What becomes of buffers that the program writes to: "replace" takes their value from `weights` if it is
+            there, "keep" leaves them as they are, whether it is there or not.
+        top_level_key: Dotted path of the dict that holds the weights; for files.
+        allow_missing: Leave slots as they are for which there is no key; None means `not strict`.
+        allow_unused: Leave out keys for which there is no slot; None means `not strict`.
+
+    Warns:
+        UserWarning: The model has no weights that could be replaced; nothing happens.
 
     Raises:
         MismatchError: Something differs, is missing or left over. The old weights stay.
         FormatError: The file is damaged. The old weights stay.
         UnsupportedError: A tensor is of a kind that reweft does not read. The old weights stay.
+        UsageError: The arguments make no sense. The old weights stay.
+        RunError: `weights` is a model that has none itself.
         IoError: The file cannot be read. The old weights stay.
     """
-    checkpoint = _checkpoint(model, weights, top_level_key)
-    if keys is not None:
-        checkpoint = checkpoint.rekey(keys)
+    if state not in {"replace", "keep"}:
+        raise UsageError(f'state is {state!r}, wanted "replace" or "keep"')
+    slots = model.slots()
+    if not slots:
+        warnings.warn("the model has no weights that could be replaced", stacklevel=2)
+    source = _source(slots, weights, top_level_key)
     report = model._core.refit(  # noqa: SLF001  (one package)
-        checkpoint._core,  # noqa: SLF001
+        _rekeyed(source.checkpoint, keys)._core,  # noqa: SLF001
         cast=allow_cast,
-        missing=allow_missing,
-        unused=allow_unused,
+        missing=not strict if allow_missing is None else allow_missing,
+        unused=not strict if allow_unused is None else allow_unused,
+        lend=not copy,
+        keep_written=state == "keep",
     )
+    return _report(report) if copy or not source.resolved else _with_resolved(_report(report), source)
+
+
+def _report(report: str) -> ReplaceReport:
     data = json.loads(report)
     return ReplaceReport(
         slots=data["slots"],
@@ -211,49 +328,21 @@ def replace_weights(
     )
 
 
-def _checkpoint(model: CompiledModule, weights: object, top_level_key: str | None) -> Checkpoint:
-    if isinstance(weights, str | os.PathLike):
-        return open_checkpoint(weights, top_level_key=top_level_key, mmap=True)
-    if top_level_key is not None:
-        raise UsageError("top_level_key is for checkpoint files")
-    if isinstance(weights, Checkpoint):
-        return weights
-    if isinstance(weights, torch.nn.Module):
-        return checkpoint_of(_module_tensors(model, weights), type(weights).__name__)
-    if isinstance(weights, Mapping):
-        return checkpoint_of(weights)
-    raise UsageError(f"weights are a {type(weights).__name__}, wanted a module, a state_dict, a path or a Checkpoint")
+def _with_resolved(report: ReplaceReport, source: Source) -> ReplaceReport:
+    """Say that lazily conjugated and negated tensors were copied, which the engine cannot see."""
+    names = ", ".join(source.resolved)
+    notice = f"copied and not shared, because their values are not their bytes: {names}"
+    nbytes = report.bytes_copied + sum(source.resolved.values())
+    return replace(report, bytes_copied=nbytes, notices=(*report.notices, notice))
 
 
-def _module_tensors(model: CompiledModule, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's state_dict, and what of the model's slots is not in one: other buffers and tensor attributes.
-
-    Raises:
-        MismatchError: The module has no tensor for a slot that no state_dict would have.
-    """
-    state = dict(module.state_dict(keep_vars=True))
-    held = dict(held_tensors(module))
-    held.update(module.named_buffers(remove_duplicate=False))
-    for names in model.slots():
-        for name in names:
-            value = held[name] if name in held else _attribute(module, name)
-            if name not in state and value is not None:
-                state[name] = value
-        # Literals of `forward` are part of the program and not of the module.
-        if names[0].startswith("lifted_tensor_") or any(name in state for name in names):
-            continue
-        raise MismatchError(
-            f"{type(module).__name__}: {names[0]!r}: the module has no such tensor",
-            key=names[0],
-            hint="the model was compiled from a module of another architecture",
-        )
-    return state
+def _source(slots: list[tuple[str, ...]], weights: Weights, top_level_key: str | None) -> Source:
+    if isinstance(weights, CompiledModule):
+        if top_level_key is not None:
+            raise UsageError("top_level_key is for checkpoint files")
+        return Source(Checkpoint(weights._core.state()))  # noqa: SLF001  (one package)
+    return source_of(slots, weights, top_level_key)
 
 
-def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor | None:
-    owner, _, attribute = name.rpartition(".")
-    try:
-        value = getattr(module.get_submodule(owner), attribute, None)
-    except AttributeError:
-        return None
-    return value if isinstance(value, torch.Tensor) else None
+def _rekeyed(checkpoint: Checkpoint, keys: KeyMap | None) -> Checkpoint:
+    return checkpoint if keys is None else checkpoint.rekey(keys)

@@ -47,7 +47,8 @@ def tensor(info: TensorInfo) -> torch.Tensor:
 def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dict") -> Checkpoint:
     """See tensors in memory as a checkpoint: same checks, shared storages and strides kept, no byte copied.
 
-    The checkpoint reads the tensors' own memory; do not change them while it is in use.
+    The checkpoint reads the tensors' own memory; do not change them while it is in use. `replace_weights(copy=False)`
+    makes a model use it too, and says what that asks of the caller.
 
     Args:
         state_dict: Keys and tensors. They must be on the CPU, dense and not quantised; wrapper subclasses

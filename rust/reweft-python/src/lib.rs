@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use crate::diff::diff;
     #[pymodule_export]
-    use crate::model::Model;
+    use crate::model::{Model, slot_names};
     #[pymodule_export]
     use crate::weights::{Plan, cast, main, plan, refit, seal, strip, verify, write_converted};
 }

@@ -1,16 +1,19 @@
 //! Live models for Python: run, replace, read back.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use reweft::plan::Allow;
-use reweft_runtime::ModelOptions;
+use reweft::source::Access;
+use reweft::{Artifact, Limits};
+use reweft_runtime::{ModelOptions, RefitOptions, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::handles;
-use crate::weights::{save_live, to_json};
+use crate::weights::to_json;
 
 /// A compiled program that runs. Calls hold no interpreter lock.
 #[pyclass(frozen, module = "reweft._core")]
@@ -20,10 +23,37 @@ pub struct Model(reweft_runtime::Model);
 impl Model {
     /// Opens a package and binds its weights. Runs native code from it.
     #[staticmethod]
-    #[pyo3(signature = (path, *, libtorch, replicas))]
-    fn open(py: Python<'_>, path: PathBuf, libtorch: PathBuf, replicas: usize) -> Result<Self> {
-        let options = ModelOptions { replicas, libtorch: Some(libtorch) };
+    #[pyo3(signature = (path, *, libtorch, replicas, weights, cast, missing, unused))]
+    #[expect(clippy::too_many_arguments, reason = "keywords of one private function")]
+    fn open(
+        py: Python<'_>,
+        path: PathBuf,
+        libtorch: PathBuf,
+        replicas: usize,
+        weights: Option<&Checkpoint>,
+        cast: bool,
+        missing: bool,
+        unused: bool,
+    ) -> Result<Self> {
+        let weights = weights.map(|weights| Arc::clone(&weights.0));
+        let refit = Allow { cast, missing, unused }.into();
+        let options = ModelOptions { replicas, libtorch: Some(libtorch), weights, refit };
         py.detach(|| handles::open_model(&path, &options)).map(Self)
+    }
+
+    /// What the weights given to `open` did, as JSON.
+    fn load_report(&self) -> Result<Option<String>> {
+        self.0.load_report().map(to_json).transpose()
+    }
+
+    /// A second model of the same program with the same weights.
+    fn twin(&self, py: Python<'_>) -> Result<Self> {
+        Ok(Self(py.detach(|| self.0.twin())?))
+    }
+
+    /// Takes the weights of a twin.
+    fn adopt(&self, py: Python<'_>, other: &Self) -> Result<()> {
+        Ok(py.detach(|| self.0.adopt(&other.0))?)
     }
 
     #[getter]
@@ -56,11 +86,28 @@ impl Model {
     fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyList>) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
         let inputs = handles::take(self.0.torch(), inputs)?;
         let outputs = py.detach(|| self.0.run(inputs)).map_err(crate::error::Error::from)?;
-        outputs.into_iter().map(|tensor| tensor.map(|tensor| handles::give(py, tensor)).transpose()).collect()
+        give(py, outputs)
+    }
+
+    /// Runs on chunks of inputs, all on one set of weights.
+    fn run_chunks<'py>(
+        &self,
+        py: Python<'py>,
+        chunks: Vec<Bound<'py, PyList>>,
+    ) -> PyResult<Vec<Vec<Option<Bound<'py, PyAny>>>>> {
+        let chunks: PyResult<_> = chunks.iter().map(|inputs| handles::take(self.0.torch(), inputs)).collect();
+        let chunks = chunks?;
+        let outputs = py.detach(|| self.0.run_chunks(chunks)).map_err(crate::error::Error::from)?;
+        outputs.into_iter().map(|outputs| give(py, outputs)).collect()
     }
 
     /// Replaces the weights; gives the report as JSON.
-    #[pyo3(signature = (checkpoint, *, cast, missing, unused))]
+    #[pyo3(signature = (checkpoint, *, cast, missing, unused, lend, keep_written))]
+    #[expect(
+        clippy::too_many_arguments,
+        clippy::fn_params_excessive_bools,
+        reason = "keywords of one private function"
+    )]
     fn refit(
         &self,
         py: Python<'_>,
@@ -68,9 +115,22 @@ impl Model {
         cast: bool,
         missing: bool,
         unused: bool,
+        lend: bool,
+        keep_written: bool,
     ) -> Result<String> {
         let allow = Allow { cast, missing, unused };
-        py.detach(|| to_json(&self.0.refit(&checkpoint.0, allow)?))
+        py.detach(|| to_json(&self.0.refit(&checkpoint.0, RefitOptions { allow, lend, keep_written })?))
+    }
+
+    /// Hash of the weights in use.
+    fn weights_version(&self, py: Python<'_>) -> Result<String> {
+        Ok(py.detach(|| self.0.weights_version())?)
+    }
+
+    /// Whether the package was stripped of its weights.
+    #[getter]
+    fn is_stripped(&self) -> bool {
+        self.0.artifact().is_stripped()
     }
 
     /// The weights in use.
@@ -78,9 +138,10 @@ impl Model {
         Ok(Checkpoint(std::sync::Arc::new(py.detach(|| self.0.state())?)))
     }
 
-    /// Writes the package with the weights in use; gives the report as JSON.
-    fn save(&self, py: Python<'_>, out: PathBuf) -> Result<String> {
-        py.detach(|| save_live(&self.0, &out))
+    /// Writes the package with the weights in use, or stripped of them; gives the report as JSON.
+    #[pyo3(signature = (out, *, inline_weights))]
+    fn save(&self, py: Python<'_>, out: PathBuf, inline_weights: bool) -> Result<String> {
+        py.detach(|| to_json(&self.0.save(&out, inline_weights)?))
     }
 
     /// Weights that no slot holds although the program depends on them, with the reason.
@@ -92,7 +153,20 @@ impl Model {
     /// Every name a weight may be given by: slot names with their aliases, and names the program never reads.
     fn names(&self) -> (Vec<Vec<String>>, Vec<String>) {
         let artifact = self.0.artifact();
-        let slots = artifact.slots().iter().map(|slot| slot.names().map(str::to_owned).collect()).collect();
-        (slots, artifact.unused().to_vec())
+        (names(artifact), artifact.unused().to_vec())
     }
+}
+
+/// The names of the slots of an artifact, each slot's first name first. Reads metadata.
+#[pyfunction]
+pub fn slot_names(py: Python<'_>, path: PathBuf) -> Result<Vec<Vec<String>>> {
+    Ok(py.detach(|| Artifact::open(&path, Access::Read, &Limits::default()).map(|artifact| names(&artifact)))?)
+}
+
+fn names(artifact: &Artifact) -> Vec<Vec<String>> {
+    artifact.slots().iter().map(|slot| slot.names().map(str::to_owned).collect()).collect()
+}
+
+fn give(py: Python<'_>, outputs: Vec<Option<Tensor>>) -> PyResult<Vec<Option<Bound<'_, PyAny>>>> {
+    outputs.into_iter().map(|tensor| tensor.map(|tensor| handles::give(py, tensor)).transpose()).collect()
 }

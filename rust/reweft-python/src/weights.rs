@@ -144,13 +144,6 @@ pub fn seal(py: Python<'_>, package: PathBuf, origins: &str, out: PathBuf) -> Re
     Ok(())
 }
 
-/// Writes a live model's package with the weights it runs on.
-pub fn save_live(model: &reweft_runtime::Model, out: &std::path::Path) -> Result<String> {
-    let state = model.state()?;
-    let plan = engine::plan(model.artifact(), &state, engine::Allow::default())?;
-    to_json(&write::refit(&plan, model.artifact(), &state, out, &mut |_, _| ())?)
-}
-
 /// Runs the `reweft` command; gives its exit code.
 #[pyfunction]
 pub fn main(py: Python<'_>, args: Vec<OsString>) -> u8 {

@@ -34,6 +34,17 @@ impl Lines {
         lines
     }
 
+    /// Copies bytes that others may be writing to meanwhile: no reference to them is made.
+    ///
+    /// # Safety
+    /// `nbytes` bytes may be read from `ptr`.
+    pub unsafe fn copy_from(ptr: *const c_void, nbytes: usize) -> Self {
+        let lines = Self::zeroed(nbytes);
+        // SAFETY: the caller vouches for the source; the lines are at least as long, and new.
+        unsafe { std::ptr::copy_nonoverlapping(ptr.cast::<u8>(), lines.as_ptr().cast::<u8>(), nbytes) };
+        lines
+    }
+
     /// Makes room for `nbytes` bytes, all zero.
     pub fn zeroed(nbytes: usize) -> Self {
         // One line more than is filled, so that there is always one.

@@ -1,17 +1,17 @@
 //! A model: a package on disk, its compiled program in this process, and the weights it runs on.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use reweft::artifact::Slot;
 use reweft::artifact::manifest::{Expected, Input, Manifest, Signature, Size};
-use reweft::checkpoint::Format;
-use reweft::plan::{Allow, Finding, Plan, plan};
-use reweft::source::{Access, Source, Window};
-use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result, TensorInfo};
+use reweft::artifact::{Slot, weights_version};
+use reweft::plan::{Allow, Finding, Plan, Running, plan_running};
+use reweft::source::Access;
+use reweft::write::{self, RefitReport};
+use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result};
 use serde::Serialize;
 
 use crate::binding::Binding;
@@ -19,8 +19,8 @@ use crate::cache::open_library;
 use crate::device::Device;
 use crate::host;
 use crate::library::Library;
-use crate::memory::Lines;
 use crate::serving::Serving;
+use crate::slots::{Filled, Held, fill, info, no_weights, packaged};
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -31,11 +31,38 @@ pub struct ModelOptions {
     pub replicas: usize,
     /// Path of `libtorch_cpu.so`; `None` takes the one that is loaded in this process.
     pub libtorch: Option<PathBuf>,
+    /// Weights to run on instead of those in the package, which are then neither read nor bound; a package that was stripped
+    /// has none. [`Model::load_report`] says what was done.
+    pub weights: Option<Arc<Checkpoint>>,
+    /// How `weights` are taken.
+    pub refit: RefitOptions,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { replicas: 1, libtorch: None }
+        Self { replicas: 1, libtorch: None, weights: None, refit: RefitOptions::default() }
+    }
+}
+
+/// How a live refit takes new weights.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RefitOptions {
+    /// What may differ.
+    pub allow: Allow,
+    /// Use tensors in memory where they are, if dtype, layout and alignment are the slot's and the program does not write
+    /// to it; the others are copied, and a notice names them.
+    ///
+    /// Whoever lends keeps the memory in its place until the model has other weights. What he writes there, calls see at
+    /// once, also in the middle of a call. It stays allocated as long as the checkpoint's sources keep it so; the model
+    /// holds those.
+    pub lend: bool,
+    /// Leave slots that the program writes to as they are, whatever the checkpoint has for them.
+    pub keep_written: bool,
+}
+
+impl From<Allow> for RefitOptions {
+    fn from(allow: Allow) -> Self {
+        Self { allow, ..Self::default() }
     }
 }
 
@@ -49,9 +76,9 @@ pub struct LiveReport {
     /// Bytes of the filled slots.
     pub nbytes: u64,
     /// Of these, bytes that were copied: from memory, for another layout or dtype, for buffers the program writes to.
-    /// The others are used where the checkpoint file has them.
+    /// The others are used where the mapped file, or whoever lent them, has them.
     pub nbytes_copied: u64,
-    /// Notices of plan and checkpoint.
+    /// Notices of plan and checkpoint, and of what was to be shared and could not.
     pub notices: Vec<String>,
 }
 
@@ -61,15 +88,19 @@ pub struct LiveReport {
 /// Those files must not be truncated or overwritten meanwhile (see [`Mmap`](reweft::source::Mmap)); replacing them by a
 /// rename is safe. It may be shared between threads.
 pub struct Model {
-    artifact: Artifact,
+    artifact: Arc<Artifact>,
     torch: Torch,
+    library: Library,
     serving: Serving,
     device: Device,
-    signature: Signature,
-    inputs: Vec<InputType>,
+    signature: Arc<Signature>,
+    inputs: Arc<Vec<InputType>>,
     notices: Vec<String>,
     /// Where each slot's bytes are, by number of the slot. Locked for the whole of a refit.
-    live: Mutex<Vec<SlotBytes>>,
+    ///
+    /// Dropping bytes may take the interpreter lock, so nobody who holds that may wait for this.
+    live: Mutex<Vec<Held>>,
+    load_report: Option<LiveReport>,
 }
 
 /// What an input must be, parsed once.
@@ -80,40 +111,33 @@ struct InputType {
     fixed: Option<Expected>,
 }
 
-/// The bytes a slot runs on.
-#[derive(Clone)]
-enum SlotBytes {
-    /// In a file or in memory that nobody writes to.
-    Shared(Source, u64),
-    /// Owned by the model; the program may write to it.
-    Own(Arc<Lines>),
-}
-
 impl Model {
-    /// Opens a package that `reweft.torch.trace` wrote, and binds its weights. Reads all weight bytes once, to compare
-    /// their CRC; copies only buffers that the program writes to. The library is unpacked once into the user's
-    /// [cache](crate::LibraryCache), and opened once in a process, however many packages hold it.
+    /// Opens a package that `reweft.torch.trace` wrote, and binds its weights, or those that the options bring. The library
+    /// is unpacked once into the user's [cache](crate::LibraryCache), and opened once in a process, however many packages
+    /// hold it.
+    ///
+    /// Reads all packaged weights once, to compare their CRC, but not those that others take the place of; copies only
+    /// buffers that the program writes to. A package that was stripped opens without weights; until [`refit`](Self::refit)
+    /// has filled it, what needs them is an error.
     ///
     /// # Errors
-    /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that was stripped or has no manifest
-    /// (nothing says which inputs it takes), with operators that need a proxy executor, for a device of another kind than the
-    /// process has, or for another machine, processor or torch, in which case none of its code was loaded; [`ErrorKind::Usage`] for several replicas of a program that writes to buffers; [`ErrorKind::Run`]
-    /// if the loader or the program refuses.
+    /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that has no manifest (nothing says
+    /// which inputs it takes), with operators that need a proxy executor, for a device of another kind than the process
+    /// has, or for another machine, processor or torch, in which case none of its code was loaded; [`ErrorKind::Usage`] for
+    /// several replicas of a program that writes to buffers; [`ErrorKind::Run`] if the loader or the program refuses;
+    /// [`ErrorKind::Mismatch`] if the options' weights do not fit.
     ///
     /// # Safety
     /// Runs native code from the package: `path` must come from somebody you would run a program of.
     pub unsafe fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
         let in_file = |error: Error| error.in_file(path);
         let artifact = Artifact::open(path, Access::Map, &Limits::default())?;
-        artifact.check_whole()?;
         let manifest = check_runnable(&artifact, options).map_err(in_file)?;
         let device = check_device(manifest).map_err(in_file)?;
         let signature = manifest.signature().clone();
         let inputs = input_types(&signature).map_err(in_file)?;
         let mut notices = host::check(&artifact, manifest).map_err(in_file)?;
-        if !artifact.slots().is_empty() {
-            artifact.check_weights()?;
-        }
+        let (live, load_report) = first_weights(&artifact, options)?;
         let torch = match &options.libtorch {
             // SAFETY: the caller vouches for what is opened.
             Some(path) => unsafe { Torch::open(path)? },
@@ -123,12 +147,72 @@ impl Model {
         // SAFETY: the caller vouches for the package.
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
         let serving = Serving::open(&torch, &library, device, options.replicas)?;
-        let live = packaged_weights(&artifact).map_err(in_file)?;
-        let model = Self { artifact, torch, serving, device, signature, inputs, notices, live: Mutex::default() };
-        if !live.is_empty() {
-            model.bind(live, &mut model.live())?;
-        }
+        let model = Self {
+            artifact: Arc::new(artifact),
+            torch,
+            library,
+            serving,
+            device,
+            signature: Arc::new(signature),
+            inputs: Arc::new(inputs),
+            notices,
+            live: Mutex::default(),
+            load_report,
+        };
+        model.bind(live, &mut model.live())?;
         Ok(model)
+    }
+
+    /// What the options' weights did when the model was opened, if there were any.
+    pub fn load_report(&self) -> Option<&LiveReport> {
+        self.load_report.as_ref()
+    }
+
+    /// Makes a second model of the same program with the same weights, which can then be given others. Copies only buffers
+    /// that the program writes to, for which it waits for the running call; costs a container.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Run`] if the program refuses.
+    pub fn twin(&self) -> Result<Self> {
+        let serving = Serving::open(&self.torch, &self.library, self.device, self.serving.replicas())?;
+        let twin = Self {
+            artifact: Arc::clone(&self.artifact),
+            torch: self.torch.clone(),
+            library: self.library.clone(),
+            serving,
+            device: self.device,
+            signature: Arc::clone(&self.signature),
+            inputs: Arc::clone(&self.inputs),
+            notices: self.notices.clone(),
+            live: Mutex::default(),
+            load_report: self.load_report.clone(),
+        };
+        twin.bind(self.copied(), &mut twin.live())?;
+        Ok(twin)
+    }
+
+    /// Takes the weights of a model of the same program, all or none. Copies only buffers that the program writes to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a model of another package: only [`twin`](Self::twin) makes one of the same;
+    /// [`ErrorKind::Run`] if `other` has no weights yet, or the program refuses. The old weights then stay.
+    pub fn adopt(&self, other: &Self) -> Result<()> {
+        if !Arc::ptr_eq(&self.artifact, &other.artifact) {
+            let what = "the weights are of a model of another package";
+            return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
+        }
+        // Copied before this model is locked: two models that adopt from each other would wait for one another.
+        let next = other.copied();
+        self.check_filled(&next)?;
+        self.bind(next, &mut self.live())
+    }
+
+    /// The weights in use, with copies of the buffers that the program writes to.
+    fn copied(&self) -> Vec<Held> {
+        let live = self.live();
+        let _still = self.writes().then(|| self.serving.pause());
+        let copy = |(held, slot): (&Held, &Slot)| if slot.mutated { held.copy() } else { held.clone() };
+        live.iter().zip(self.artifact.slots()).map(copy).collect()
     }
 
     /// The package that was opened.
@@ -168,32 +252,59 @@ impl Model {
     /// [`ErrorKind::Mismatch`] for an input of another dtype, shape, stride or device than the program was compiled for,
     /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs; [`ErrorKind::Run`] if it fails.
     pub fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
+        self.check_inputs(&inputs)?;
+        // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
+        // to buffers has one replica, so that its calls follow one another.
+        unsafe { self.serving.run(inputs) }.map_err(|error| self.explained(error))
+    }
+
+    /// Runs the program once for each chunk, all on one set of weights however often they are replaced meanwhile. Chunks run
+    /// at the same time as far as replicas are free, else one after the other.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), of the first chunk that fails; none has run if an input does not fit.
+    pub fn run_chunks(&self, chunks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Option<Tensor>>>> {
+        chunks.iter().try_for_each(|inputs| self.check_inputs(inputs))?;
+        // SAFETY: as in `run`, for the inputs of every chunk.
+        unsafe { self.serving.run_chunks(chunks) }.map_err(|error| self.explained(error))
+    }
+
+    fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
         if inputs.len() != self.inputs.len() {
             let what = format!("{} inputs, the program takes {}", inputs.len(), self.inputs.len());
             return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
         }
-        self.check_inputs(&inputs).map_err(|error| error.in_file(self.artifact.path()))?;
-        // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
-        // to buffers has one replica, so that its calls follow one another.
-        Ok(unsafe { self.serving.run(inputs)? })
-    }
-
-    fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
+        let in_file = |error: Error| error.in_file(self.artifact.path());
         let varying = if self.signature.is_dynamic() {
             let shapes = inputs.iter().map(|tensor| Ok(tensor.shape()?)).collect::<Result<Vec<_>>>()?;
-            self.signature.expect(&shapes)?
+            self.signature.expect(&shapes).map_err(in_file)?
         } else {
             Vec::new()
         };
-        for (number, (tensor, wanted)) in inputs.iter().zip(&self.inputs).enumerate() {
+        for (number, (tensor, wanted)) in inputs.iter().zip(&*self.inputs).enumerate() {
             let of_input = |error: Error| match self.signature.inputs.get(number) {
                 Some(input) => error.of_key(&input.name),
                 None => error,
             };
             let expected = wanted.fixed.as_ref().or_else(|| varying.get(number));
-            check_input(tensor, wanted, expected).map_err(of_input)?;
+            check_input(tensor, wanted, expected).map_err(of_input).map_err(in_file)?;
         }
         Ok(())
+    }
+
+    /// Names the slots without weights in an error that says there are some.
+    fn explained(&self, error: crate::Error) -> Error {
+        let missing = error.kind() == crate::ErrorKind::WeightsMissing;
+        missing.then(|| self.check_filled(&self.live()).err()).flatten().unwrap_or_else(|| error.into())
+    }
+
+    /// Refuses weights of which some are absent.
+    fn check_filled(&self, live: &[Held]) -> Result<()> {
+        let mut absent = self.artifact.slots().iter().zip(live).filter(|(_, held)| held.is_absent()).peekable();
+        if absent.peek().is_none() {
+            return Ok(());
+        }
+        Err(no_weights(absent.map(|(slot, _)| slot)).in_file(self.artifact.path()))
     }
 
     /// Replaces the weights, all or none, while calls are running.
@@ -202,59 +313,79 @@ impl Model {
     /// while it switches. This returns when the last call has left the old weights, and their memory is released.
     ///
     /// Tensors of a mapped checkpoint whose layout is the slot's are used where they are, after their CRC was
-    /// compared; all others are copied, those in memory always, so that a later edit of them changes nothing here.
+    /// compared; all others are copied, those in memory too unless they are lent, so that a later edit of them changes
+    /// nothing here.
+    ///
+    /// `options` are what may differ ([`Allow`]), or more ([`RefitOptions`]).
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] if the plan has blocking findings; read errors. The old weights then stay.
-    pub fn refit(&self, checkpoint: &Checkpoint, allow: Allow) -> Result<LiveReport> {
-        let planned = plan(&self.artifact, checkpoint, allow)?;
-        planned.check()?;
+    pub fn refit(&self, checkpoint: &Checkpoint, options: impl Into<RefitOptions>) -> Result<LiveReport> {
+        let options = options.into();
         let mut live = self.live();
+        let running = Running { filled: self.check_filled(&live).is_ok(), keep_written: options.keep_written };
+        let planned = plan_running(&self.artifact, checkpoint, options.allow, running)?;
+        planned.check()?;
         let mut next = live.clone();
-        let mut nbytes_copied = 0;
-        for refill in &planned.refills {
-            let (Some(slot), Some(place)) = (self.artifact.slots().get(refill.slot), next.get_mut(refill.slot)) else {
-                return Err(Error::new(ErrorKind::Usage, "the plan is of another package").of_key(&refill.name));
-            };
-            *place = if let Some(bytes) = shared_bytes(checkpoint, slot, refill.recipe.plain_key())? {
-                bytes
-            } else {
-                nbytes_copied += slot.nbytes;
-                let mut lines = Lines::zeroed(reweft::source::to_usize(slot.nbytes)?);
-                refill.recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
-                SlotBytes::Own(Arc::new(lines))
-            };
-        }
-        if !next.is_empty() {
-            self.bind(next, &mut live)?;
-        }
-        Ok(report(&planned, checkpoint, nbytes_copied))
+        let filled = fill(&self.artifact, checkpoint, &planned, options.lend, &mut next)?;
+        self.bind(next, &mut live)?;
+        Ok(report(&planned, checkpoint, filled))
     }
 
     /// The weights in use, as a checkpoint under the slots' names. Shares the bytes of the weights and copies the
-    /// buffers that the program writes to, for which it waits for the running call.
+    /// buffers that the program writes to, for which it waits for the running call, and what was lent.
     ///
     /// # Errors
-    /// [`ErrorKind::Format`] if a file has become shorter than its weights.
+    /// [`ErrorKind::Run`] for a stripped package that was not filled yet.
     pub fn state(&self) -> Result<Checkpoint> {
-        let live = self.live();
-        let _still = self.writes().then(|| self.serving.pause());
-        let mut sources: Vec<Source> = Vec::with_capacity(live.len());
-        let mut tensors = Vec::with_capacity(live.len());
-        for (number, (slot, bytes)) in self.artifact.slots().iter().zip(&*live).enumerate() {
-            let source: Source = match bytes {
-                SlotBytes::Own(lines) if slot.mutated => Arc::new(lines.copy()),
-                SlotBytes::Own(lines) => Arc::new(Window::new(Arc::clone(lines) as Source, 0, slot.nbytes)?),
-                SlotBytes::Shared(source, byte_offset) => {
-                    Arc::new(Window::new(Arc::clone(source), *byte_offset, slot.nbytes)?)
-                }
-            };
-            let (shape, strides) = (slot.shape.clone(), slot.strides.clone());
-            sources.push(source);
-            let info = TensorInfo { dtype: slot.dtype, shape, strides, storage: number, storage_offset: 0 };
-            tensors.push((slot.name.clone(), info));
+        let live = self.copied();
+        self.check_filled(&live)?;
+        let (mut sources, mut tensors) = (Vec::with_capacity(live.len()), Vec::with_capacity(live.len()));
+        for (slot, held) in self.artifact.slots().iter().zip(&live) {
+            tensors.push((slot.name.clone(), info(slot, sources.len())));
+            sources.push(held.source(slot)?);
         }
-        Checkpoint::from_memory(Path::new("live weights"), sources, tensors)
+        Ok(Checkpoint::from_memory(Path::new("live weights"), sources, tensors)?.freeze())
+    }
+
+    /// A hash of the weights in use: over names, dtypes, shapes and elements, and not over buffers that the program writes to.
+    /// Equal for equal weights, whatever they came from, also after others served in between.
+    ///
+    /// The first call after a refit reads the replaced weights, on all processors; further ones read nothing, but for memory
+    /// that was lent, which is read each time. A refit never computes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Run`] for a stripped package that was not filled yet.
+    pub fn weights_version(&self) -> Result<String> {
+        let live = self.live().clone();
+        self.check_filled(&live)?;
+        let slots = self.artifact.slots();
+        let hashes = in_parallel(live.len(), |number| {
+            if slots[number].mutated { Ok(String::new()) } else { live[number].hash(&slots[number]) }
+        })?;
+        Ok(weights_version(slots.iter().zip(hashes.iter().map(String::as_str))))
+    }
+
+    /// Writes the package with the weights in use, or stripped of them ([`write::strip`]). Costs a copy of the whole; the
+    /// file appears whole or not at all.
+    ///
+    /// # Errors
+    /// As [`state`](Self::state), [`write::refit`] and [`write::strip`]; `out` is then as it was.
+    pub fn save(&self, out: &Path, inline_weights: bool) -> Result<RefitReport> {
+        let state = self.state()?;
+        let planned = reweft::plan::plan(&self.artifact, &state, Allow::default())?;
+        let refit = |out: &Path| write::refit(&planned, &self.artifact, &state, out, &mut |_, _| ());
+        if inline_weights {
+            return refit(out);
+        }
+        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let failed = |error| Error::io("make a temporary folder", error).in_file(folder);
+        let folder = tempfile::Builder::new().prefix(".reweft-").tempdir_in(folder).map_err(failed)?;
+        let whole = folder.path().join("whole.pt2");
+        let report = refit(&whole)?;
+        let artifact = Artifact::open(&whole, Access::Map, &Limits::default())?;
+        write::strip(&artifact, &[], out, &mut |_, _| ())?;
+        Ok(report)
     }
 
     /// Whether the program writes to buffers. It has one replica then.
@@ -262,15 +393,20 @@ impl Model {
         self.artifact.slots().iter().any(|slot| slot.mutated)
     }
 
-    /// Hands a full set of weights to the program and remembers where they are.
-    fn bind(&self, next: Vec<SlotBytes>, live: &mut Vec<SlotBytes>) -> Result<()> {
+    /// Hands a full set of weights to the program and remembers where they are; one that is not full is only remembered.
+    fn bind(&self, next: Vec<Held>, live: &mut Vec<Held>) -> Result<()> {
+        if next.is_empty() || self.check_filled(&next).is_err() {
+            *live = next;
+            return Ok(());
+        }
         let mut bindings = Vec::with_capacity(next.len());
-        for (slot, bytes) in self.artifact.slots().iter().zip(&next) {
+        for (slot, held) in self.artifact.slots().iter().zip(&next) {
             let (shape, strides) = (signed(&slot.shape)?, signed(&slot.strides)?);
-            let (ptr, keep) = bytes.locate(slot)?;
+            let (ptr, keep) = held.locate(slot)?;
             // SAFETY: `locate` gave the address of `slot.nbytes` bytes that `keep` owns, and the slot is dense, so that
             // shape and strides, which are those of the compiled program, reach no further. Bytes that are shared are
-            // never written; bytes of slots that the program writes to are `Own`, one binding's and writable.
+            // never written, and those that are lent only by who was told what that means; bytes of slots that the
+            // program writes to are `Own`, one model's and writable.
             let binding = unsafe { Binding::new(&slot.constant, ptr, shape, strides, slot.dtype, self.device, keep) };
             // A row has the size of the storage that the tensor was a view of when it was compiled.
             bindings.push(binding.in_storage_of(slot.row_nbytes));
@@ -282,25 +418,9 @@ impl Model {
         Ok(())
     }
 
-    fn live(&self) -> MutexGuard<'_, Vec<SlotBytes>> {
+    fn live(&self) -> MutexGuard<'_, Vec<Held>> {
         // A panic in a refit leaves the old list in place, which is still what the program runs on.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl SlotBytes {
-    /// Address of the slot's bytes, and what keeps them there.
-    fn locate(&self, slot: &Slot) -> Result<(*mut c_void, Arc<dyn std::any::Any + Send + Sync>)> {
-        match self {
-            Self::Own(lines) => Ok((lines.as_ptr(), Arc::clone(lines) as _)),
-            Self::Shared(source, byte_offset) => {
-                let Some(bytes) = source.as_slice() else {
-                    return Err(Error::new(ErrorKind::Usage, "weights are not in memory").of_key(&slot.name));
-                };
-                let bytes = reweft::source::slice(bytes, *byte_offset, slot.nbytes)?;
-                Ok((bytes.as_ptr().cast_mut().cast(), Arc::new(Arc::clone(source)) as _))
-            }
-        }
     }
 }
 
@@ -395,42 +515,40 @@ unsafe fn unpack_library(artifact: &Artifact, torch: &Torch) -> Result<Library> 
     unsafe { open_library(torch, &archive.read(&model.library)?) }
 }
 
-/// The package's own weights: shared where they are, but for buffers that the program writes to.
-fn packaged_weights(artifact: &Artifact) -> Result<Vec<SlotBytes>> {
-    if artifact.slots().is_empty() {
-        return Ok(Vec::new());
-    }
-    let place = |slot: &Slot| {
-        let bytes = SlotBytes::Shared(Arc::clone(artifact.source()), artifact.place(slot)?);
-        if slot.mutated || !is_aligned(&bytes, slot)? {
-            return Ok(SlotBytes::Own(Arc::new(Lines::from_bytes(&artifact.read_slot(slot)?))));
+/// The weights that a model starts with: those in the package, and those that the options bring.
+fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Held>, Option<LiveReport>)> {
+    let Some(checkpoint) = &options.weights else {
+        return Ok((packaged(artifact, None).map_err(|error| error.in_file(artifact.path()))?, None));
+    };
+    let RefitOptions { allow, lend, keep_written } = options.refit;
+    let planned = plan_running(artifact, checkpoint, allow, Running { filled: false, keep_written })?;
+    planned.check()?;
+    let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
+    let filled = fill(artifact, checkpoint, &planned, lend, &mut live)?;
+    Ok((live, Some(report(&planned, checkpoint, filled))))
+}
+
+/// Does numbered jobs on all processors and gives their results in order.
+fn in_parallel<T: Send>(count: usize, job: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let (next, results) = (AtomicUsize::new(0), Mutex::new((0..count).map(|_| None).collect::<Vec<_>>()));
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
+                return;
+            }
+            let result = job(number);
+            results.lock().unwrap_or_else(PoisonError::into_inner)[number] = Some(result);
         }
-        Ok(bytes)
     };
-    artifact.slots().iter().map(place).collect()
-}
-
-/// The checkpoint's own bytes for a slot, if they can serve as they are: mapped from a file, in the slot's layout.
-fn shared_bytes(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>) -> Result<Option<SlotBytes>> {
-    let Some(key) = key.filter(|_| !slot.mutated && checkpoint.format() != Format::Memory) else {
-        return Ok(None);
-    };
-    let info = checkpoint.get(key)?;
-    let in_place = |error: Error| error.of_key(key).in_file(checkpoint.file_of(info));
-    let storage = checkpoint.storage_of(info).map_err(in_place)?;
-    if storage.as_slice().map_err(in_place)?.is_none() {
-        return Ok(None);
-    }
-    let Some((source, start)) = storage.locate().map_err(in_place)? else { return Ok(None) };
-    let (first, _) = info.window(storage.nbytes)?;
-    let bytes = SlotBytes::Shared(Arc::clone(source), start + first);
-    Ok(is_aligned(&bytes, slot)?.then_some(bytes))
-}
-
-/// Whether the bytes begin at a multiple of the element size, as compiled code expects.
-fn is_aligned(bytes: &SlotBytes, slot: &Slot) -> Result<bool> {
-    let itemsize = reweft::source::to_usize(slot.dtype.itemsize().unwrap_or(1))?;
-    Ok(bytes.locate(slot)?.0.addr().is_multiple_of(itemsize))
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(count);
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    results.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()
 }
 
 fn signed(sizes: &[u64]) -> Result<Vec<i64>> {
@@ -438,13 +556,13 @@ fn signed(sizes: &[u64]) -> Result<Vec<i64>> {
     sizes.iter().map(convert).collect()
 }
 
-fn report(planned: &Plan, checkpoint: &Checkpoint, nbytes_copied: u64) -> LiveReport {
+fn report(planned: &Plan, checkpoint: &Checkpoint, filled: Filled) -> LiveReport {
     let findings = planned.findings.iter().map(Finding::to_string);
     LiveReport {
         slots: planned.refills.len(),
         kept: planned.kept.clone(),
         nbytes: planned.nbytes(),
-        nbytes_copied,
-        notices: findings.chain(checkpoint.notices().iter().cloned()).collect(),
+        nbytes_copied: filled.nbytes_copied,
+        notices: findings.chain(checkpoint.notices().iter().cloned()).chain(filled.notices).collect(),
     }
 }

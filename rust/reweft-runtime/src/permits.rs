@@ -37,6 +37,16 @@ impl Permits {
         Permit(self)
     }
 
+    /// Takes a permit if one is free and nobody waits to go first.
+    pub fn try_acquire(&self) -> Option<Permit<'_>> {
+        let mut state = self.lock();
+        if state.free == 0 || state.first > 0 {
+            return None;
+        }
+        state.free -= 1;
+        Some(Permit(self))
+    }
+
     /// Waits for a permit before all calls that wait.
     pub fn acquire_first(&self) -> Permit<'_> {
         let mut state = self.lock();

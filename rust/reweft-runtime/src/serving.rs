@@ -48,6 +48,11 @@ impl Serving {
         })
     }
 
+    /// Calls that may run at the same time.
+    pub fn replicas(&self) -> usize {
+        self.replicas
+    }
+
     /// What both containers have in common: the program and its signature.
     pub fn program(&self) -> &Container {
         &self.first
@@ -64,6 +69,46 @@ impl Serving {
         let _permit = self.permits.acquire();
         // SAFETY: passed on to the caller.
         unsafe { self.enter().run(inputs) }
+    }
+
+    /// Runs the program once for each chunk, all on one set of weights, as many at a time as permits are free.
+    ///
+    /// # Errors
+    /// As [`Container::run`], of the first chunk that failed; chunks that have not begun by then are not run.
+    ///
+    /// # Safety
+    /// As [`Container::run`], for every chunk.
+    pub unsafe fn run_chunks(&self, chunks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Option<Tensor>>>> {
+        let _permit = self.permits.acquire();
+        let helpers: Vec<Permit<'_>> = (1..chunks.len()).map_while(|_| self.permits.try_acquire()).collect();
+        let pass = self.enter();
+        let outputs: Mutex<Vec<Option<Vec<Option<Tensor>>>>> = Mutex::new(chunks.iter().map(|_| None).collect());
+        let (queue, failed) = (Mutex::new(chunks.into_iter().enumerate()), Mutex::new(None));
+        let work = || {
+            loop {
+                let next = lock(&queue).next();
+                let Some((number, inputs)) = next.filter(|_| lock(&failed).is_none()) else { return };
+                // SAFETY: passed on to the caller.
+                match unsafe { pass.run(inputs) } {
+                    Ok(made) => lock(&outputs)[number] = Some(made),
+                    Err(error) => drop(lock(&failed).get_or_insert(error)),
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for helper in helpers {
+                let work = &work;
+                scope.spawn(move || {
+                    let _permit = helper;
+                    work();
+                });
+            }
+            work();
+        });
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(outputs.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()),
+        }
     }
 
     /// Waits until one call less runs, before all calls that wait. With one replica none runs then.
@@ -112,6 +157,11 @@ impl Serving {
     }
 
     fn lock(&self) -> MutexGuard<'_, bool> {
-        self.on_second.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.on_second)
     }
+}
+
+/// Locks. What these mutexes guard is replaced in one step, so a panic elsewhere leaves nothing half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

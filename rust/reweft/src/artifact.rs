@@ -11,9 +11,11 @@ pub mod manifest;
 mod signature;
 mod stored;
 pub(crate) mod stripped;
+mod version;
 
 pub use checksum::Checksum;
 pub(crate) use checksum::{Change, update};
+pub use version::weights_version;
 
 use std::fs::File;
 use std::ops::Range;

@@ -126,6 +126,8 @@ pub struct Checkpoint {
     mapped: Option<Arc<Mapped>>,
     /// The file and how it was opened, for reading more of it than its tensors.
     origin: Option<(Source, Limits)>,
+    /// Whether nobody writes to the memory that it is made of.
+    frozen: bool,
 }
 
 /// What a checkpoint's keys lead to. The hasher is seeded at random, so that nobody can choose keys that collide.
@@ -206,6 +208,7 @@ impl Checkpoint {
             top_level_key: options.top_level_key.clone(),
             mapped: None,
             origin,
+            frozen: false,
         })
     }
 
@@ -240,7 +243,20 @@ impl Checkpoint {
             top_level_key: None,
             mapped: None,
             origin: None,
+            frozen: false,
         })
+    }
+
+    /// States that nobody writes to the memory that the checkpoint was made of, so that whoever takes its tensors may use
+    /// them where they are.
+    #[must_use]
+    pub fn freeze(self) -> Self {
+        Self { frozen: true, ..self }
+    }
+
+    /// Whether somebody stated that nobody writes to its memory.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
     }
 
     /// Selects, renames and remakes tensors as a key map says; [`mapped`](Self::mapped) then tells what it did.

@@ -34,6 +34,15 @@ pub struct Allow {
     pub unused: bool,
 }
 
+/// What is different where the slots' values are held beside the file: in a model that runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Running {
+    /// Every slot has a value, also those that the file was stripped of.
+    pub filled: bool,
+    /// Leave slots that the program writes to as they are, whatever the checkpoint has for them.
+    pub keep_written: bool,
+}
+
 /// One slot and how its bytes are made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Refill {
@@ -73,7 +82,15 @@ pub struct Plan {
 /// # Errors
 /// Only read errors, [`ErrorKind::Format`] among them. What does not fit is a finding in the plan.
 pub fn plan(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow) -> Result<Plan> {
-    let mut planner = Planner::new(artifact, checkpoint, allow);
+    plan_running(artifact, checkpoint, allow, Running::default())
+}
+
+/// Plans the replacement of the weights of a model that runs `artifact`. Otherwise as [`plan`].
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_running(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow, running: Running) -> Result<Plan> {
+    let mut planner = Planner::new(artifact, checkpoint, allow, running);
     let (mut refills, mut kept) = (Vec::new(), Vec::new());
     for (number, slot) in artifact.slots().iter().enumerate() {
         match planner.refill(number, slot)? {
@@ -165,6 +182,7 @@ struct Planner<'a> {
     artifact: &'a Artifact,
     checkpoint: &'a Checkpoint,
     allow: Allow,
+    running: Running,
     used: HashSet<&'a str>,
     slot_names: HashSet<&'a str>,
     /// Names that need no slot, and names that have none but should.
@@ -181,12 +199,13 @@ struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    fn new(artifact: &'a Artifact, checkpoint: &'a Checkpoint, allow: Allow) -> Self {
+    fn new(artifact: &'a Artifact, checkpoint: &'a Checkpoint, allow: Allow, running: Running) -> Self {
         let baked = artifact.unrefittable().iter().map(|absent| (absent.name.as_str(), absent.reason.as_str()));
         Self {
             artifact,
             checkpoint,
             allow,
+            running,
             used: HashSet::new(),
             slot_names: artifact.slots().iter().flat_map(Slot::names).collect(),
             not_read: artifact.unused().iter().map(String::as_str).collect(),
@@ -201,6 +220,9 @@ impl<'a> Planner<'a> {
     fn refill(&mut self, number: usize, slot: &'a Slot) -> Result<Option<Refill>> {
         let keys: Vec<&str> = slot.names().filter(|name| self.checkpoint.contains(name)).collect();
         self.used.extend(&keys);
+        if self.running.keep_written && slot.mutated && !self.is_empty(slot) {
+            return Ok(None);
+        }
         if slot.is_folded() {
             // Not even on request: the other slots would get new weights and this one would keep the old ones.
             let why = slot.obstacle().unwrap_or_default();
@@ -228,6 +250,11 @@ impl<'a> Planner<'a> {
         Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
     }
 
+    /// Whether a slot has no value that could stay.
+    fn is_empty(&self, slot: &Slot) -> bool {
+        slot.stripped && !self.running.filled
+    }
+
     fn missing(&mut self, slot: &Slot) -> Finding {
         let names: Vec<&str> = slot.names().collect();
         let what = match names.iter().find_map(|name| Some((name, self.values.get(name)?))) {
@@ -236,7 +263,7 @@ impl<'a> Planner<'a> {
             None => format!("the checkpoint has none of the slot's names: {}", names.join(", ")),
         };
         let finding = Finding::new(FindingKind::Missing, what).slot(slot).wanted(slot);
-        if slot.stripped {
+        if self.is_empty(slot) {
             return finding.hint("the artifact was stripped of this slot's bytes, so there is no value to keep");
         }
         if !slot.persistent {

@@ -1,13 +1,15 @@
 """Trace, run and refit live models. The only part of reweft that imports torch.
 
 `trace` compiles a module so that every weight can be replaced, `save` and `load` move it to and from `.pt2` packages
-that torch's own loader reads too, `replace_weights` puts new weights into a model that is serving.
+that torch's own loader reads too, `replace_weights` puts new weights into a model that is serving, and
+`refit_module_weights` makes a second model with other weights.
 """
 
 from __future__ import annotations
 
 from reweft.torch.compiled import CompiledModule, Refittable, ReplaceReport, load, replace_weights, save
 from reweft.torch.host import HostWarning
+from reweft.torch.refitting import refit_module_weights
 from reweft.torch.tensors import checkpoint_of, tensor
 from reweft.torch.tracing import trace
 
@@ -18,6 +20,7 @@ __all__ = [
     "ReplaceReport",
     "checkpoint_of",
     "load",
+    "refit_module_weights",
     "replace_weights",
     "save",
     "tensor",

@@ -7,6 +7,7 @@ that torch's own loader reads too, `replace_weights` puts new weights into a mod
 
 from __future__ import annotations
 
+from reweft.torch.batching import dynamic_batch
 from reweft.torch.compiled import CompiledModule, Refittable, ReplaceReport, load, replace_weights, save
 from reweft.torch.host import HostWarning
 from reweft.torch.refitting import refit_module_weights
@@ -19,6 +20,7 @@ __all__ = [
     "Refittable",
     "ReplaceReport",
     "checkpoint_of",
+    "dynamic_batch",
     "load",
     "refit_module_weights",
     "replace_weights",

@@ -26,7 +26,6 @@ class Call:
     def __init__(self, core: _core.Model) -> None:
         in_spec, out_spec = core.call_spec()
         stated = json.loads(core.signature())
-        self._core = core
         self._in_spec = pytree.treespec_loads(in_spec)
         self._out_spec = pytree.treespec_loads(out_spec)
         self._dynamic = bool(stated["symbols"])
@@ -37,7 +36,7 @@ class Call:
         # Nothing but tensors, one after the other: the structure is the tuple itself.
         self._flat = len(self.inputs) == len(self._leaves) and self._in_spec == _flat_spec(len(self._leaves))
 
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    def arguments(self, core: _core.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The program's inputs.
 
         Raises:
@@ -48,7 +47,7 @@ class Call:
         rows = zip(self.inputs, given, strict=True)
         if not self._dynamic:
             return [wanted.fit(value, wanted.shape, wanted.strides) for wanted, value in rows]
-        expected = self._core.expect([list(value.shape) for value in given])
+        expected = core.expect([list(value.shape) for value in given])
         return [
             wanted.fit(value, tuple(shape), tuple(strides))
             for (wanted, value), (shape, strides) in zip(rows, expected, strict=True)

@@ -15,13 +15,16 @@ from torch.export import ExportedProgram
 
 from reweft import _core
 from reweft.checkpoint import Checkpoint
-from reweft.errors import MismatchError, UsageError
+from reweft.errors import UsageError
+from reweft.torch.batching import Batches
 from reweft.torch.calling import Call
 from reweft.torch.host import HostWarning
 from reweft.torch.sources import Source, source_of
 from reweft.torch.tensors import tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from reweft.keymap import KeyMap
 
 __all__ = ["CompiledModule", "Refittable", "ReplaceReport", "Weights", "load", "replace_weights", "save"]
@@ -69,6 +72,10 @@ class CompiledModule:
         self._core = core
         self.inline_weights = not core.is_stripped if inline_weights is None else inline_weights
         self._call = Call(core)
+        self._batches = Batches(self._call) if core.batching() == "chunks" else None
+        # What `trace` leaves for `dynamic_batch`: the module while it lives, and inputs that the program takes.
+        self._traced: Callable[[], torch.nn.Module | None] = lambda: None
+        self._examples: list[torch.Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program.
@@ -81,16 +88,14 @@ class CompiledModule:
                 tensor another value than it was compiled with.
             RunError: The program failed, or the package was stripped of its weights and has not been given any.
         """
-        inputs = self._call.arguments(args, kwargs)
-        # The two functions pass tensors by handle; torch documents no public ones that cost no copy.
-        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)  # noqa: SLF001
-        outputs = self._core.run(handles)
-        made = iter(
-            torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(  # noqa: SLF001
-                [handle for handle in outputs if handle is not None]
-            )
-        )
-        return self._call.results(None if handle is None else next(made) for handle in outputs)
+        if self._batches is not None:
+            return self._batches.run(self, args, kwargs)
+        inputs = self._call.arguments(self._core, args, kwargs)
+        return self._call.results(iter(_tensors(self._core.run(_handles(inputs)))))
+
+    def _run_chunks(self, chunks: list[list[torch.Tensor]]) -> list[list[Any]]:
+        """Run once for each chunk, all on one set of weights, as many at a time as there are replicas."""
+        return [_tensors(outputs) for outputs in self._core.run_chunks([_handles(inputs) for inputs in chunks])]
 
     @property
     def path(self) -> Path:
@@ -142,6 +147,18 @@ class CompiledModule:
     def __repr__(self) -> str:
         inputs = ", ".join(f"{item.name}: {item.dtype} {list(item.shape)}" for item in self._call.inputs)
         return f"<CompiledModule ({inputs}), {len(self.slots())} slots>"
+
+
+# torch documents no public functions that pass tensors without a copy; these two do it by handle.
+def _handles(tensors: list[torch.Tensor]) -> list[Any]:
+    handles: list[Any] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)  # noqa: SLF001
+    return handles
+
+
+def _tensors(handles: list[Any]) -> list[torch.Tensor | None]:
+    there = [handle for handle in handles if handle is not None]
+    made = iter(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(there))  # noqa: SLF001
+    return [None if handle is None else next(made) for handle in handles]
 
 
 Weights: TypeAlias = (
@@ -242,7 +259,8 @@ def save(model: CompiledModule, path: str | os.PathLike[str], *, inline_weights:
         RunError: The package was stripped of its weights and has not been given any.
     """
     inline = model.inline_weights if inline_weights is None else inline_weights
-    model._core.save(path, inline_weights=inline)  # noqa: SLF001  (one package)
+    batched = model._batches is not None  # noqa: SLF001  (one package)
+    model._core.save(path, inline_weights=inline, chunks=batched)  # noqa: SLF001
 
 
 def replace_weights(

@@ -87,6 +87,7 @@ def refit_module_weights(  # noqa: PLR0917  (the peer's signature)
 
 
 def _twin(model: CompiledModule) -> CompiledModule:
+    # What is copied refers to the program and not to the model.
     twin = copy.copy(model)
     twin._core = model._core.twin()  # noqa: SLF001  (one package)
     return twin

@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 import warnings
+import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -121,6 +122,10 @@ def trace(
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
     _report(model, strict=strict)
+    model.inline_weights = inline_weights
+    model._traced = weakref.ref(module)  # noqa: SLF001  (one package)
+    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    model._examples = [value.detach().clone() for value in inputs]  # noqa: SLF001
     return model
 
 

@@ -39,7 +39,7 @@ pub fn run(command: &Run, out: &mut dyn Write) -> anyhow::Result<bool> {
     let mut notices = model.notices().to_vec();
     let mut slots = None;
     if let Some(weights) = &command.weights {
-        let report = model.refit(&command.keys.open(weights)?, (&command.allow).into())?;
+        let report = model.refit(&command.keys.open(weights)?, reweft::plan::Allow::from(&command.allow))?;
         notices.extend(report.notices);
         slots = Some(report.slots);
     }

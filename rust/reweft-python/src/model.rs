@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;
+use reweft::artifact::manifest::{Batching, Manifest};
 use reweft::plan::Allow;
 use reweft::source::Access;
 use reweft::{Artifact, Limits};
@@ -139,9 +140,24 @@ impl Model {
     }
 
     /// Writes the package with the weights in use, or stripped of them; gives the report as JSON.
-    #[pyo3(signature = (out, *, inline_weights))]
-    fn save(&self, py: Python<'_>, out: PathBuf, inline_weights: bool) -> Result<String> {
-        py.detach(|| to_json(&self.0.save(&out, inline_weights)?))
+    #[pyo3(signature = (out, *, inline_weights, chunks))]
+    fn save(&self, py: Python<'_>, out: PathBuf, inline_weights: bool, chunks: bool) -> Result<String> {
+        let batching = if chunks { Batching::Chunks } else { Batching::Single };
+        py.detach(|| to_json(&self.0.save(&out, inline_weights, batching)?))
+    }
+
+    /// Which batch sizes calls may have: "single" or "chunks".
+    fn batching(&self) -> &'static str {
+        match self.0.artifact().manifest().map(Manifest::batching) {
+            Some(Batching::Chunks) => "chunks",
+            _ => "single",
+        }
+    }
+
+    /// Names of buffers that the program writes to.
+    fn written(&self) -> Vec<String> {
+        let slots = self.0.artifact().slots().iter();
+        slots.filter(|slot| slot.mutated).map(|slot| slot.name.clone()).collect()
     }
 
     /// Weights that no slot holds although the program depends on them, with the reason.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use reweft::artifact::manifest::{Expected, Input, Manifest, Signature, Size};
+use reweft::artifact::manifest::{Batching, Expected, Input, Manifest, Signature, Size};
 use reweft::artifact::{Slot, weights_version};
 use reweft::plan::{Allow, Finding, Plan, Running, plan_running};
 use reweft::source::Access;
@@ -366,14 +366,15 @@ impl Model {
         Ok(weights_version(slots.iter().zip(hashes.iter().map(String::as_str))))
     }
 
-    /// Writes the package with the weights in use, or stripped of them ([`write::strip`]). Costs a copy of the whole; the
-    /// file appears whole or not at all.
+    /// Writes the package with the weights in use, or stripped of them ([`write::strip`]), and what it is to say of batch
+    /// sizes. Costs a copy of the whole; the file appears whole or not at all.
     ///
     /// # Errors
     /// As [`state`](Self::state), [`write::refit`] and [`write::strip`]; `out` is then as it was.
-    pub fn save(&self, out: &Path, inline_weights: bool) -> Result<RefitReport> {
+    pub fn save(&self, out: &Path, inline_weights: bool, batching: Batching) -> Result<RefitReport> {
         let state = self.state()?;
-        let planned = reweft::plan::plan(&self.artifact, &state, Allow::default())?;
+        let mut planned = reweft::plan::plan(&self.artifact, &state, Allow::default())?;
+        planned.batching = Some(batching);
         let refit = |out: &Path| write::refit(&planned, &self.artifact, &state, out, &mut |_, _| ());
         if inline_weights {
             return refit(out);

@@ -157,9 +157,11 @@ def with_manifest(package: Path, out: Path, edit: Callable[[dict[str, Any]], obj
     return out
 
 
-def child(code: str, *args: object, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+def child(
+    code: str, *args: object, env: Mapping[str, str] | None = None, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, which finds the tests' modules; `args` are its `sys.argv[1:]`."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     line = [sys.executable, "-W", "error::UserWarning:reweft", "-c", code, *map(str, args)]
-    settings = {**os.environ, "PYTHONPATH": path, **env}
+    settings = {**os.environ, "PYTHONPATH": path, **(env or {})}
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=timeout, env=settings)

@@ -119,6 +119,9 @@ class Model:
         cast: bool,
         missing: bool,
         unused: bool,
+        single_threaded: bool,
+        threads: int | None,
+        device: str | None,
     ) -> Model: ...
     def load_report(self) -> str | None: ...
     def twin(self) -> Model: ...

@@ -46,7 +46,7 @@ class Loader:
     def __call__(self, **env: str) -> list[str]:
         """Gives the cached libraries that the process ran."""
         out = self.folder / "output.pt"
-        done = child(LOAD, self.package.path, self.inputs, out, **{"REWEFT_CACHE_DIR": str(self.cache), **env})
+        done = child(LOAD, self.package.path, self.inputs, out, env={"REWEFT_CACHE_DIR": str(self.cache), **env})
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert torch.allclose(torch.load(out), self.package.eager(0), atol=1e-5)
@@ -128,7 +128,7 @@ def test_without_a_safe_folder_a_temporary_file_serves(how: str, load: Loader) -
 
 def test_a_size_that_is_no_size_is_an_error(digits: Package, tmp_path: Path) -> None:
     code = "import sys, reweft.torch as rt; rt.load(sys.argv[1])"
-    done = child(code, digits.path, REWEFT_CACHE_SIZE="a lot", REWEFT_CACHE_DIR=str(tmp_path))
+    done = child(code, digits.path, env={"REWEFT_CACHE_SIZE": "a lot", "REWEFT_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 1
     assert "UsageError" in done.stderr
     assert "REWEFT_CACHE_SIZE" in done.stderr
@@ -167,7 +167,7 @@ def test_what_was_used_longest_ago_goes_first(load: Loader, tied: Package, mixed
     for number, package in enumerate((tied, mixed)):
         loader = Loader(package, load.folder)
         env = {"REWEFT_CACHE_DIR": str(load.cache), "REWEFT_CACHE_SIZE": str(nbytes * 5 // 2)}
-        done = child("import sys, reweft.torch as rt; rt.load(sys.argv[1])", loader.package.path, **env)
+        done = child("import sys, reweft.torch as rt; rt.load(sys.argv[1])", loader.package.path, env=env)
         assert done.returncode == 0, done.stderr
         assert path.exists() == (number == 0)
     assert len(load.libraries()) == 2

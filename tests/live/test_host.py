@@ -41,7 +41,7 @@ def manifest_of(package: Path) -> dict[str, Any]:
 
 
 def loaded(package: Path, folder: Path) -> str:
-    done = child(LOAD, package, REWEFT_CACHE_DIR=str(folder / "cache"), TMPDIR=str(folder))
+    done = child(LOAD, package, env={"REWEFT_CACHE_DIR": str(folder / "cache"), "TMPDIR": str(folder)})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -86,7 +86,8 @@ class CompiledModule:
             UsageError: The arguments have another structure than the examples had.
             MismatchError: An input has another dtype, shape or device than the program takes, or an argument that is no
                 tensor another value than it was compiled with.
-            RunError: The program failed, or the package was stripped of its weights and has not been given any.
+            RunError: The program failed, the package was stripped of its weights and has not been given any, or the
+                process was forked and it would wait for threads that are gone.
         """
         if self._batches is not None:
             return self._batches.run(self, args, kwargs)
@@ -182,6 +183,9 @@ def load(
     keys: KeyMap | None = None,
     strict: bool = True,
     allow_cast: bool = False,
+    single_threaded: bool = False,
+    threads: int | None = None,
+    device: str | torch.device | None = None,
 ) -> CompiledModule:
     """Open a package that `save` wrote, and run it. **Runs native code from the package**: it is a program.
 
@@ -191,6 +195,9 @@ def load(
 
     The library is unpacked once into the user's cache of libraries (`reweft cache`), whatever processes load it, and
     opened once in each; where there is no folder that only this user can write to, into a temporary file.
+    After a fork, a child may call and refit a model that no other thread was using, with one thread for each operator.
+    Ctrl-C during a call is delivered when the call returns.
+
     What `trace` recorded of the host that compiled is compared with this one before any code is loaded.
     With `weights`, the model starts on those, as if `replace_weights` had been called, and packaged weights that they
     take the place of are not read; `load_report` says what was done. A package without weights, as
@@ -205,18 +212,25 @@ def load(
         strict: If True, a slot without a key or a key without a slot is an error. If False, slots without a key keep
             what the package has for them; where it has nothing, it is an error still.
         allow_cast: Convert between float dtypes, rounding to nearest even.
+        single_threaded: Calls follow one another, without a pool of replicas.
+        threads: Threads that an operator takes within a call, set on the calling thread for the time of the call; None
+            leaves it to `torch.set_num_threads`. With several callers, 1 is what scales. Loops that the compiler wrote
+            for a fixed number keep it, which is a warning.
+        device: What the program must have been compiled for; it is never moved.
 
     Raises:
         FormatError: The package, or the file of weights, is damaged.
         UnsupportedError: It was not made by `trace`, or needs what the runtime or this host does not have: a machine,
             instructions of its processor, a device, a version of torch. Nothing in it was run.
         MismatchError: The weights do not fit.
-        UsageError: Several replicas of a program that writes to buffers; options of weights without any.
+        UsageError: Several replicas of a program that writes to buffers, a program for another device, or options of
+            weights without any.
         RunError: The loader refuses the library.
         IoError: The file cannot be read.
 
     Warns:
-        HostWarning: It was compiled by another minor version of torch, or for what cannot be looked up here.
+        HostWarning: It was compiled by another minor version of torch, for what cannot be looked up here, or for
+            another number of threads.
     """
     if weights is None and (top_level_key is not None or keys is not None):
         raise UsageError("top_level_key and keys are for weights, of which there are none")
@@ -235,6 +249,9 @@ def load(
         cast=allow_cast,
         missing=not strict,
         unused=not strict,
+        single_threaded=single_threaded,
+        threads=threads,
+        device=None if device is None else str(device),
     )
     for notice in core.notices():
         warnings.warn(f"{os.fspath(path)}: {notice}", HostWarning, stacklevel=2)

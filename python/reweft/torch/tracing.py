@@ -42,6 +42,9 @@ _KEEP_CONSTANTS: dict[str, Any] = {
     "freezing": False,
     "aot_inductor.use_runtime_constant_folding": False,
 }
+# Otherwise loops are compiled for the number of threads of this process: partial sums have room for that many, and more
+# threads, on another host or after `torch.set_num_threads`, write past it.
+_ANY_THREADS: dict[str, Any] = {"cpp.dynamic_threads": True}
 _WEIGHTS_BESIDE_LIBRARY: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "binary_blob",
@@ -180,10 +183,10 @@ def _settings(options: Mapping[str, Any] | None, compiler_args: str | Sequence[s
         UnsupportedError: There is no such argument.
     """
     settings = dict(options or {})
-    for name, value in {**_KEEP_CONSTANTS, **_WEIGHTS_BESIDE_LIBRARY}.items():
+    for name, value in {**_KEEP_CONSTANTS, **_WEIGHTS_BESIDE_LIBRARY, **_ANY_THREADS}.items():
         if settings.get(name, value) != value:
-            what = f"{name}={settings[name]!r} would take weights away from their slots; trace needs {value!r}"
-            raise UsageError(what)
+            why = "fix the number of threads" if name in _ANY_THREADS else "take weights away from their slots"
+            raise UsageError(f"{name}={settings[name]!r} would {why}; trace needs {value!r}")
     arguments = compiler_args.split() if isinstance(compiler_args, str) else list(compiler_args or ())
     for argument in arguments:
         if argument not in {"-O0", "-O1", "-O2", "-O3"}:
@@ -191,7 +194,7 @@ def _settings(options: Mapping[str, Any] | None, compiler_args: str | Sequence[s
                 f"compiler_args has {argument!r}; -O0 to -O3 are taken", hint="options= takes torch._inductor.config"
             )
         settings["aot_inductor.compile_wrapper_opt_level"] = argument.removeprefix("-")
-    return {**settings, **_KEEP_CONSTANTS}
+    return {**settings, **_KEEP_CONSTANTS, **_ANY_THREADS}
 
 
 def _keep_sources(folder: Path, package: Path, program: ExportedProgram, settings: Mapping[str, Any]) -> None:

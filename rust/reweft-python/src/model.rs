@@ -1,5 +1,6 @@
 //! Live models for Python: run, replace, read back.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -24,8 +25,12 @@ pub struct Model(reweft_runtime::Model);
 impl Model {
     /// Opens a package and binds its weights. Runs native code from it.
     #[staticmethod]
-    #[pyo3(signature = (path, *, libtorch, replicas, weights, cast, missing, unused))]
-    #[expect(clippy::too_many_arguments, reason = "keywords of one private function")]
+    #[pyo3(signature = (path, *, libtorch, replicas, weights, cast, missing, unused, single_threaded, threads, device))]
+    #[expect(
+        clippy::too_many_arguments,
+        clippy::fn_params_excessive_bools,
+        reason = "keywords of one private function"
+    )]
     fn open(
         py: Python<'_>,
         path: PathBuf,
@@ -35,10 +40,17 @@ impl Model {
         cast: bool,
         missing: bool,
         unused: bool,
+        single_threaded: bool,
+        threads: Option<i64>,
+        device: Option<&str>,
     ) -> Result<Self> {
         let weights = weights.map(|weights| Arc::clone(&weights.0));
         let refit = Allow { cast, missing, unused }.into();
-        let options = ModelOptions { replicas, libtorch: Some(libtorch), weights, refit };
+        let device = device.map(str::parse).transpose().map_err(reweft::Error::from)?;
+        let count = |found: i64| u16::try_from(found).ok().and_then(NonZero::new).ok_or_else(|| wrong_threads(found));
+        let threads = threads.map(count).transpose()?;
+        let libtorch = Some(libtorch);
+        let options = ModelOptions { replicas, libtorch, weights, refit, single_threaded, threads, device };
         py.detach(|| handles::open_model(&path, &options)).map(Self)
     }
 
@@ -185,4 +197,8 @@ fn names(artifact: &Artifact) -> Vec<Vec<String>> {
 
 fn give(py: Python<'_>, outputs: Vec<Option<Tensor>>) -> PyResult<Vec<Option<Bound<'_, PyAny>>>> {
     outputs.into_iter().map(|tensor| tensor.map(|tensor| handles::give(py, tensor)).transpose()).collect()
+}
+
+fn wrong_threads(found: i64) -> reweft::Error {
+    reweft::Error::new(reweft::ErrorKind::Usage, format!("threads: found {found}, want 1 to {}", u16::MAX))
 }

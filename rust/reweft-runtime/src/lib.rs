@@ -48,6 +48,7 @@ mod library;
 mod memory;
 mod model;
 mod permits;
+mod process;
 mod serving;
 mod slots;
 mod symbols;

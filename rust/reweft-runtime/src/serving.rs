@@ -21,6 +21,7 @@ pub(crate) struct Serving {
     library: Library,
     device: Device,
     replicas: usize,
+    single_threaded: bool,
     first: Container,
     /// Made by the first replacement: a model that is never refitted needs none.
     second: OnceLock<Container>,
@@ -34,13 +35,20 @@ impl Serving {
     ///
     /// # Errors
     /// As [`Container::open`].
-    pub fn open(torch: &Torch, library: &Library, device: Device, replicas: usize) -> Result<Self> {
-        let first = Container::open(torch, library, device, replicas, false)?;
+    pub fn open(
+        torch: &Torch,
+        library: &Library,
+        device: Device,
+        replicas: usize,
+        single_threaded: bool,
+    ) -> Result<Self> {
+        let first = Container::open(torch, library, device, replicas, single_threaded)?;
         Ok(Self {
             torch: torch.clone(),
             library: library.clone(),
             device,
             replicas,
+            single_threaded,
             first,
             second: OnceLock::new(),
             on_second: Mutex::new(false),
@@ -51,6 +59,11 @@ impl Serving {
     /// Calls that may run at the same time.
     pub fn replicas(&self) -> usize {
         self.replicas
+    }
+
+    /// Whether calls follow one another, without a pool of instances.
+    pub fn is_single_threaded(&self) -> bool {
+        self.single_threaded
     }
 
     /// What both containers have in common: the program and its signature.
@@ -71,14 +84,19 @@ impl Serving {
         unsafe { self.enter().run(inputs) }
     }
 
-    /// Runs the program once for each chunk, all on one set of weights, as many at a time as permits are free.
+    /// Runs the program once for each chunk, all on one set of weights, as many at a time as permits are free. Every thread
+    /// that helps calls `prepare` first, and drops what it gives at the end.
     ///
     /// # Errors
     /// As [`Container::run`], of the first chunk that failed; chunks that have not begun by then are not run.
     ///
     /// # Safety
     /// As [`Container::run`], for every chunk.
-    pub unsafe fn run_chunks(&self, chunks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Option<Tensor>>>> {
+    pub unsafe fn run_chunks<T>(
+        &self,
+        chunks: Vec<Vec<Tensor>>,
+        prepare: &(dyn Fn() -> T + Sync),
+    ) -> Result<Vec<Vec<Option<Tensor>>>> {
         let _permit = self.permits.acquire();
         let helpers: Vec<Permit<'_>> = (1..chunks.len()).map_while(|_| self.permits.try_acquire()).collect();
         let pass = self.enter();
@@ -100,6 +118,7 @@ impl Serving {
                 let work = &work;
                 scope.spawn(move || {
                     let _permit = helper;
+                    let _prepared = prepare();
                     work();
                 });
             }
@@ -148,7 +167,7 @@ impl Serving {
         if let Some(second) = self.second.get() {
             return Ok(second);
         }
-        let second = Container::open(&self.torch, &self.library, self.device, self.replicas, false)?;
+        let second = Container::open(&self.torch, &self.library, self.device, self.replicas, self.single_threaded)?;
         Ok(self.second.get_or_init(|| second))
     }
 

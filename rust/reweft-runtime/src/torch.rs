@@ -36,6 +36,8 @@ symbols! {
     }
     optional {
         clone_strided = "aoti_torch_clone_preserve_strides": fn(RawTensor, *mut RawTensor) -> i32;
+        num_threads = "_ZN2at15get_num_threadsEv": fn() -> i32;
+        set_num_threads = "_ZN2at15set_num_threadsEi": fn(i32) -> ();
         abi_version = "aoti_torch_abi_version": fn() -> u64;
         last_error = "torch_exception_get_what_without_backtrace": fn() -> *const c_char;
     }
@@ -109,11 +111,27 @@ impl Torch {
         self.shim().abi_version.as_ref().map(|version| unsafe { (version.call)() })
     }
 
+    /// Threads that an operator takes when this thread calls it; `None` if this libtorch does not tell and let it be set.
+    pub(crate) fn num_threads(&self) -> Option<i32> {
+        let (get, _) = self.shim().num_threads.as_ref().zip(self.shim().set_num_threads.as_ref())?;
+        // SAFETY: takes nothing; initialises the number for this thread if need be.
+        Some(unsafe { (get.call)() })
+    }
+
+    /// Sets that number for this thread, and for threads that have not used libtorch yet. It is 1 or more.
+    pub(crate) fn set_num_threads(&self, count: i32) {
+        if let Some(set) = &self.shim().set_num_threads {
+            // SAFETY: the function throws for numbers below 1 only.
+            unsafe { (set.call)(count.max(1)) };
+        }
+    }
+
     /// # Safety
     /// `library` is libtorch.
     unsafe fn from_library(library: libloading::Library, path: Option<PathBuf>) -> Result<Self> {
         // SAFETY: the caller vouches that it is libtorch; it is never closed, see below.
         let shim = unsafe { Shim::resolve(&library) };
+        crate::process::note_origin();
         std::mem::forget(library);
         Ok(Self(Arc::new(Inner { shim: shim?, path })))
     }

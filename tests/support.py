@@ -49,6 +49,10 @@ class Package:
             return self.module(seed)(*self.inputs)
 
 
+# How a program is called that has neither inputs nor results, as manifests state it.
+NO_CALL: dict[str, Any] = {"inputs": [], "leaves": [], "outputs": [], "symbols": {}, "guards": []}
+
+
 def without_crc(obj: object, path: Path) -> Path:
     """`torch.save` as people call it who found checksums too slow."""
     with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]

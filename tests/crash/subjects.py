@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from make import ROW, zipped
 from reweft import _core
+from support import NO_CALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def _write_package(weights: dict[str, torch.Tensor], path: Path) -> None:
     bare = path.with_name("bare.pt2")
     bare.write_bytes(zipped(records))
     tensors = [{"names": [name], "persistent": True, "mutated": False, "used": True} for name in weights]
-    origins = {"torch": torch.__version__, "device": "cpu", "inputs": [], "tensors": tensors}
+    origins = {"torch": torch.__version__, "device": "cpu", **NO_CALL, "tensors": tensors}
     _core.seal(bare, json.dumps(origins), path)
 
 

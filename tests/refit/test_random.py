@@ -25,7 +25,7 @@ from torch import nn
 import reweft
 from make import ROW, zipped
 from reweft import _core
-from support import storage_of
+from support import NO_CALL, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -175,7 +175,7 @@ def write_package(rows: list[Row], values: Values, path: Path) -> None:
     bare = path.with_name("bare.pt2")
     bare.write_bytes(package(rows, values, {f"{MODEL}/abc.wrapper_weights.blob": blob(rows, values)}))
     tensors = [{"names": row.names, "persistent": True, "mutated": False, "used": True} for row in rows]
-    origins = {"torch": torch.__version__, "device": "cpu", "inputs": [], "tensors": tensors}
+    origins = {"torch": torch.__version__, "device": "cpu", **NO_CALL, "tensors": tensors}
     _core.seal(bare, json.dumps(origins), path)
 
 

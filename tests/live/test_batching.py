@@ -102,6 +102,17 @@ class Placed(nn.Module):
         return x + self.rows
 
 
+class Hidden(nn.Module):
+    """Rows influence each other as soon as a refit brings a weight that is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mix * x.mean(0)
+
+
 class Scalar(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         return x * 2, x.sum()
@@ -124,6 +135,8 @@ class Turned(nn.Module):
         (Clip, [(SIZE, 6), (SIZE, 6)], "rows influence each other"),
         (Swallowed, [(SIZE, 6)], "rows influence each other"),
         (Placed, [(SIZE, 6)], "where they stand"),
+        (Hidden, [(SIZE, 6)], "rows influence each other"),
+        (Hidden, [(1, 6)], "rows influence each other"),
         (Scalar, [(SIZE, 6)], "not the batch"),
         (Sized, [(SIZE, 6)], "is a number"),
         (Turned, [(SIZE, SIZE)], "rows influence each other"),
@@ -136,7 +149,8 @@ def test_model_that_chunks_would_answer_wrongly_is_refused(
     kind: type[nn.Module], shapes: list[tuple[int, ...]], why: str
 ) -> None:
     given = tuple(torch.randn(shape) for shape in shapes)
-    model = rt.trace(models.seeded(kind, 0), given)
+    module = models.seeded(kind, 0)
+    model = rt.trace(module, given)
     with pytest.raises(reweft.UnsupportedError, match=why):
         rt.dynamic_batch(model)
     # It goes on as before.

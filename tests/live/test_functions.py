@@ -99,3 +99,19 @@ def test_module_in_training_mode_is_refused_in_a_function_too() -> None:
 def test_what_cannot_be_called_is_refused() -> None:
     with pytest.raises(reweft.UsageError, match="neither a module nor a function"):
         rt.trace(3, torch.randn(4))  # type: ignore[arg-type]
+
+
+def test_what_is_referred_to_by_no_name_is_said() -> None:
+    """A function within the function has names of its own, which nobody sees from outside."""
+    net = nn.Linear(4, 4).eval()
+    held = [lambda x: net(x)]  # noqa: PLW0108  (a function of its own is the point)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = held[0](x) + 1
+        return out
+
+    with pytest.warns(UserWarning, match="lifted_tensor_0"):
+        model = rt.trace(function, torch.randn(2, 4))
+    assert all(names[0].startswith("lifted_tensor_") for names in model.slots())
+    with pytest.raises(reweft.MismatchError, match="by no name"):
+        rt.trace(function, torch.randn(2, 4), strict=True)

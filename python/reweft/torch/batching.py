@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from reweft.errors import MismatchError, UnsupportedError, UsageError
+from reweft.torch.tensors import checkpoint_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +66,9 @@ def dynamic_batch(
     """
     size = _batch_size(model)
     leaves = _examples(model, example_inputs, kwargs or {})
-    _Rows(model, size).check(leaves)
+    # Weights that happen to be zero hide what rows do to each other, and a refit may bring others.
+    for one in (model, _with_other_weights(model)):
+        _Rows(one, size).check(leaves)
     if size == 1:
         _check_reference(model, reference, leaves)
     model._batches = Batches(model._call)  # noqa: SLF001  (one package)
@@ -186,6 +190,31 @@ def _distinct(item: Any, value: torch.Tensor) -> torch.Tensor:
     return value + noise
 
 
+def _other(value: torch.Tensor) -> torch.Tensor:
+    """Values between 0.5 and 1.5 for floats: neither zero nor negative, which roots and divisions mind."""
+    if not value.is_floating_point() and not value.is_complex():
+        return value
+    made = torch.rand(value.shape, generator=torch.Generator().manual_seed(value.numel())) + 0.5
+    return made.to(value.dtype)
+
+
+def _with_other_weights(model: CompiledModule) -> CompiledModule:
+    """A second model of the program with weights that hide nothing."""
+    other = copy.copy(model)
+    other._core = model._core.twin()  # noqa: SLF001  (one package)
+    made: dict[int, torch.Tensor] = {}
+    state = {name: made.setdefault(id(value), _other(value)) for name, value in model.state_dict().items()}
+    other._core.refit(  # noqa: SLF001
+        checkpoint_of(state)._core,  # noqa: SLF001
+        cast=False,
+        missing=False,
+        unused=False,
+        lend=False,
+        keep_written=False,
+    )
+    return other
+
+
 class _Rows:
     """What the rows of a batch do to each other, by running the program."""
 
@@ -304,16 +333,22 @@ def _check_reference(model: CompiledModule, reference: Any, leaves: list[torch.T
     other = [leaf.roll(1, -1) if leaf.dim() > 1 else leaf for leaf in leaves]
     other = [leaf + 1 if item.is_float else leaf for item, leaf in zip(call.inputs, other, strict=True)]
     joined = [torch.cat(pair) for pair in zip(leaves, other, strict=True)]
-    with torch.no_grad():
-        both, alone = _answers(call, module, joined), [_answers(call, module, rows) for rows in (leaves, other)]
-    for number, (found, *parts) in enumerate(zip(both, *alone, strict=True)):
-        if not isinstance(found, torch.Tensor):
-            continue
-        if found.dim() == 0 or found.shape[0] != 2 or not _close(found, torch.cat(parts)):  # noqa: PLR2004  (rows)
-            raise UnsupportedError(
-                f"rows influence each other: result {number} for two rows is not that of each alone",
-                hint="compile the model with a dynamic batch (dynamic_shapes), or for the batch that it gets",
-            )
+    modules = [module]
+    if isinstance(module, torch.nn.Module):
+        modules.append(copy.deepcopy(module))
+        for value in (*modules[1].parameters(), *modules[1].buffers()):
+            value.data.copy_(_other(value.data))
+    for one in modules:
+        with torch.no_grad():
+            both, alone = _answers(call, one, joined), [_answers(call, one, rows) for rows in (leaves, other)]
+        for number, (found, *parts) in enumerate(zip(both, *alone, strict=True)):
+            if not isinstance(found, torch.Tensor):
+                continue
+            if found.dim() == 0 or found.shape[0] != 2 or not _close(found, torch.cat(parts)):  # noqa: PLR2004  (rows)
+                raise UnsupportedError(
+                    f"rows influence each other: result {number} for two rows is not that of each alone",
+                    hint="compile the model with a dynamic batch (dynamic_shapes), or for the batch that it gets",
+                )
 
 
 def _answers(call: Any, module: Any, tensors: list[torch.Tensor]) -> list[Any]:

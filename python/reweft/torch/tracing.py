@@ -124,7 +124,8 @@ def trace(
         _core.seal(fresh, origins.to_json(), sealed)
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
-    _report(model, strict=strict)
+    nameless = [names[0] for names in model.slots() if names[0].startswith("lifted_tensor_")]
+    _report(model, nameless if isinstance(module, Function) else [], strict=strict)
     model.inline_weights = inline_weights
     model._traced = weakref.ref(module)  # noqa: SLF001  (one package)
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -231,19 +232,21 @@ def _without_ignored_guards() -> Iterator[None]:
         raise UnsupportedError(f"the compiler assumed more of a dynamic size than export states: {ignored}")
 
 
-def _report(model: CompiledModule, *, strict: bool) -> None:
-    """Say which weights could not be kept as slots.
+def _report(model: CompiledModule, nameless: list[str], *, strict: bool) -> None:
+    """Say which weights could not be kept as slots, or have no name that a checkpoint could have.
 
     Raises:
         MismatchError: `strict`, and there are some.
     """
-    absent = model.refittable().unrefittable
+    absent = dict(model.refittable().unrefittable)
+    why = "the function computes with it, and refers to it by no name of its own; a refit keeps it"
+    absent.update(dict.fromkeys(nameless, why))
     if not absent:
         return
     what = "; ".join(f"{name!r}: {reason}" for name, reason in absent.items())
     if strict:
         raise MismatchError(f"these weights could not be kept as slots: {what}", key=next(iter(absent)))
-    warnings.warn(f"these weights cannot be replaced: {what}", stacklevel=3)
+    warnings.warn(f"these weights cannot be replaced by name: {what}", stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,7 @@ pub fn run(command: &Diff, out: &mut dyn Write) -> anyhow::Result<bool> {
     let a = Side::open(&command.a, &open(&command.keys.top_level_key), &command.keys.key_map()?)?;
     let b = Side::open(&command.b, &open(&command.b_top_level_key), &KeyMap::new())?;
     let bar = output::progress(command.json);
-    let report = diff(&a, &b, &options, &mut |done, of| {
-        bar.set_length(of);
-        bar.set_position(done);
-    })?;
+    let report = diff(&a, &b, &options, &mut output::told(&bar))?;
     bar.finish_and_clear();
     if command.json {
         output::json(out, &report)?;

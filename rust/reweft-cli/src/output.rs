@@ -72,6 +72,15 @@ pub fn progress(json: bool) -> ProgressBar {
     bar
 }
 
+/// What the engine tells its progress to.
+pub fn told(bar: &ProgressBar) -> impl FnMut(u64, u64) + Send {
+    let bar = bar.clone();
+    move |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

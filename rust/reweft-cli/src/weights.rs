@@ -42,10 +42,7 @@ fn write_checkpoint(checkpoint: Checkpoint, target: &Target, out: &mut dyn Write
     let checkpoint = target.cast(checkpoint)?;
     let bar = output::progress(target.json);
     let options = target.options();
-    let report = write::convert(&checkpoint, &target.output, &options, &mut |done, of| {
-        bar.set_length(of);
-        bar.set_position(done);
-    })?;
+    let report = write::convert(&checkpoint, &target.output, &options, &mut output::told(&bar))?;
     bar.finish_and_clear();
     if target.json {
         output::json(out, &report)?;
@@ -121,10 +118,7 @@ fn findings(out: &mut dyn Write, findings: &[Finding]) -> anyhow::Result<()> {
 pub fn refit(command: &Refit, out: &mut dyn Write) -> Outcome {
     let (artifact, checkpoint, plan) = prepare(&command.pair, &command.allow)?;
     let bar = output::progress(command.json);
-    let progress: write::Progress<'_> = &mut |done, of| {
-        bar.set_length(of);
-        bar.set_position(done);
-    };
+    let progress: write::Progress<'_> = &mut output::told(&bar);
     let report = match &command.output {
         Some(path) => write::refit(&plan, &artifact, &checkpoint, path, progress)?,
         None => write::refit_in_place(&plan, &artifact, &checkpoint, progress)?,
@@ -144,10 +138,7 @@ pub fn refit(command: &Refit, out: &mut dyn Write) -> Outcome {
 pub fn verify(command: &Verify, out: &mut dyn Write) -> Outcome {
     let (artifact, checkpoint, plan) = prepare(&command.pair, &command.allow)?;
     let bar = output::progress(command.json);
-    let report = write::verify(&plan, &artifact, &checkpoint, &mut |done, of| {
-        bar.set_length(of);
-        bar.set_position(done);
-    })?;
+    let report = write::verify(&plan, &artifact, &checkpoint, &mut output::told(&bar))?;
     bar.finish_and_clear();
     if command.json {
         output::json(out, &report)?;
@@ -165,10 +156,7 @@ pub fn strip(command: &Strip, out: &mut dyn Write) -> Outcome {
     let artifact = Artifact::open(&command.artifact, Access::Read, &Limits::default())?;
     let keep: Vec<&str> = command.keep.iter().map(String::as_str).collect();
     let bar = output::progress(command.json);
-    let report = write::strip(&artifact, &keep, &command.output, &mut |done, of| {
-        bar.set_length(of);
-        bar.set_position(done);
-    })?;
+    let report = write::strip(&artifact, &keep, &command.output, &mut output::told(&bar))?;
     bar.finish_and_clear();
     if command.json {
         output::json(out, &report)?;

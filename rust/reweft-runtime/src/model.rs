@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use reweft::artifact::manifest::{Batching, Expected, Input, Manifest, Signature, Size};
 use reweft::artifact::{Slot, weights_version};
+use reweft::parallel::{self, Progressed};
 use reweft::plan::{Allow, Finding, Plan, Running, plan_running};
 use reweft::source::Access;
 use reweft::write::{self, RefitReport};
@@ -395,7 +395,7 @@ impl Model {
     /// A hash of the weights in use: over names, dtypes, shapes and elements, and not over buffers that the program writes to.
     /// Equal for equal weights, whatever they came from, also after others served in between.
     ///
-    /// The first call after a refit reads the replaced weights, on all processors; further ones read nothing, but for memory
+    /// The first call after a refit reads the replaced weights, on a few threads; further ones read nothing, but for memory
     /// that was lent, which is read each time. A refit never computes it.
     ///
     /// # Errors
@@ -405,9 +405,10 @@ impl Model {
         let live = self.live().clone();
         self.check_filled(&live)?;
         let slots = self.artifact.slots();
-        let hashes = in_parallel(live.len(), |number| {
+        let hash = |number: usize, _: &Progressed<'_>| {
             if slots[number].mutated { Ok(String::new()) } else { live[number].hash(&slots[number]) }
-        })?;
+        };
+        let hashes = parallel::run(live.len(), 0, &hash, &mut |_, _| ())?;
         Ok(weights_version(slots.iter().zip(hashes.iter().map(String::as_str))))
     }
 
@@ -618,29 +619,6 @@ fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Hel
     let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
     let filled = fill(artifact, checkpoint, &planned, lend, &mut live)?;
     Ok((live, Some(report(&planned, checkpoint, filled))))
-}
-
-/// Does numbered jobs on all processors and gives their results in order.
-fn in_parallel<T: Send>(count: usize, job: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let (next, results) = (AtomicUsize::new(0), Mutex::new((0..count).map(|_| None).collect::<Vec<_>>()));
-    let work = || {
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            if number >= count {
-                return;
-            }
-            let result = job(number);
-            results.lock().unwrap_or_else(PoisonError::into_inner)[number] = Some(result);
-        }
-    };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(count);
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(work);
-        }
-        work();
-    });
-    results.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()
 }
 
 fn signed(sizes: &[u64]) -> Result<Vec<i64>> {

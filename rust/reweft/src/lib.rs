@@ -29,6 +29,7 @@ pub mod error;
 pub mod keymap;
 pub mod limits;
 pub mod npy;
+pub mod parallel;
 pub mod plan;
 pub mod recipe;
 pub mod source;

@@ -79,7 +79,7 @@ pub fn open(path: &Path, access: Access) -> Result<Source> {
             lock_shared(path, &file)?;
             Ok(Arc::new(Mmap::new(path, file, metadata.len())?))
         }
-        _ => Ok(Arc::new(FileSource { path: path.to_owned(), file, len: metadata.len() })),
+        _ => Ok(of_file(path, file, metadata.len())),
     }
 }
 
@@ -119,6 +119,11 @@ struct FileSource {
     path: PathBuf,
     file: File,
     len: u64,
+}
+
+/// An open file of known length, as a source; `path` is for messages.
+pub(crate) fn of_file(path: &Path, file: File, len: u64) -> Source {
+    Arc::new(FileSource { path: path.to_owned(), file, len })
 }
 
 impl ReadAt for FileSource {

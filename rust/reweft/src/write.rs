@@ -7,7 +7,6 @@ mod copy;
 mod journal;
 mod numpy;
 mod options;
-mod parallel;
 mod refit;
 mod safetensors;
 mod shards;

@@ -423,7 +423,7 @@ impl Rows {
     }
 }
 
-fn check_text(nbytes: u64, limits: &Limits) -> Result<()> {
+pub(super) fn check_text(nbytes: u64, limits: &Limits) -> Result<()> {
     let limit = limits.max_metadata_nbytes;
     if nbytes <= limit {
         return Ok(());

@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::aotinductor::check_text;
+use crate::checkpoint::json;
 use crate::container::zip::Archive;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
@@ -43,13 +45,8 @@ impl About {
     }
 
     fn read(archive: &Archive, limits: &Limits) -> Result<Self> {
-        let (nbytes, limit) = (archive.entry(ABOUT)?.nbytes, limits.max_metadata_nbytes);
-        if nbytes > limit {
-            let what = format!("text of {nbytes} bytes; max_metadata_nbytes is {limit}");
-            return Err(Error::new(ErrorKind::Limit, what));
-        }
-        let about: Self =
-            serde_json::from_slice(&archive.read(ABOUT)?).map_err(|error| Error::format(format!("JSON: {error}")))?;
+        check_text(archive.entry(ABOUT)?.nbytes, limits)?;
+        let about: Self = json::parse(&archive.read(ABOUT)?)?;
         if about.format != FORMAT || about.version != VERSION {
             let what = format!("{:?} of version {}, not {FORMAT:?} {VERSION}", about.format, about.version);
             return Err(Error::new(ErrorKind::Unsupported, what));

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
+use crate::source::{self, Source};
 
 /// Name prefix of temporary files, so that one left by a power cut is recognised.
 const PREFIX: &str = ".reweft-";
@@ -65,6 +66,16 @@ impl AtomicFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io), with the target's name.
     pub fn write_at(&self, bytes: &[u8], byte_offset: u64) -> Result<()> {
         self.as_file().write_all_at(bytes, byte_offset).map_err(|error| self.failed("write", error))
+    }
+
+    /// What was written so far, to be read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub(super) fn written(&self) -> Result<Source> {
+        let file = self.as_file().try_clone().map_err(|error| self.failed("open again", error))?;
+        let found = file.metadata().map_err(|error| self.failed("stat", error))?;
+        Ok(source::of_file(&self.target, file, found.len()))
     }
 
     /// A system call that failed on this file.

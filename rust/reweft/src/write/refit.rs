@@ -16,13 +16,14 @@ use super::atomic::Flusher;
 use super::convert::refuse_source;
 use super::copy::{clone_whole, copy_range};
 use super::journal::{Journal, Locked};
-use super::parallel::{self, Progressed};
 use super::slabs::{SLAB_NBYTES, Slabs};
 use super::watch::Watch;
 use super::{AtomicFile, Progress};
+use crate::artifact::stripped::{merged, pieces};
 use crate::artifact::{Artifact, Change, Checksum, Slot, manifest, update};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
+use crate::parallel::{self, Progressed};
 use crate::plan::{Finding, Plan, Refill};
 use crate::source::{self, to_usize};
 use crate::tensor::{TensorInfo, same_layout};
@@ -319,14 +320,12 @@ impl<'a> Job<'a> {
     fn kept(&self, all: bool) -> Vec<Kept> {
         let place = |fill: &Fill<'_>, at: &u64| *at..*at + fill.slot.nbytes;
         let filled = self.fills.iter().flat_map(|fill| fill.places.iter().map(move |at| place(fill, at)));
-        let mut filled: Vec<Range<u64>> = filled.filter(|range| !range.is_empty()).collect();
-        filled.sort_unstable_by_key(|range| range.start);
         let length = self.artifact.source().len();
-        filled.push(length..length);
         let covers: Vec<&Range<u64>> = self.outermost().map(|checksum| &checksum.covers).collect();
-        let (mut kept, mut at) = (Vec::new(), 0);
-        for range in filled {
-            while at < range.start {
+        let mut kept = Vec::new();
+        for gap in pieces(length, &merged(filled.collect())) {
+            let Range { start: mut at, end: until } = gap.range;
+            while at < until {
                 // Each piece lies in the bytes of one checksum or of none.
                 let next = covers.partition_point(|covers| covers.end <= at);
                 let (covered, cut) = match covers.get(next) {
@@ -334,13 +333,12 @@ impl<'a> Job<'a> {
                     Some(covers) => (false, covers.start),
                     None => (false, length),
                 };
-                let end = range.start.min(at + PIECE_NBYTES).min(cut);
+                let end = until.min(at + PIECE_NBYTES).min(cut);
                 if all || covered {
                     kept.push(Kept { range: at..end, covered });
                 }
                 at = end;
             }
-            at = at.max(range.end);
         }
         kept
     }

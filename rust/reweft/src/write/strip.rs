@@ -1,7 +1,6 @@
 //! Artifacts without their weights.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
@@ -152,7 +151,8 @@ fn write(
         let piece = piece.ok_or_else(|| Error::format("a CRC stands within the weights").in_file(artifact.path()))?;
         file.write_at(bytes, second.payload_offset() + piece.at + (at - piece.range.start))?;
     }
-    let crc = crc_of_file(file, second.payload_offset(), total)?;
+    // Read back, because CRCs within it were written over.
+    let crc = source::crc(&*file.written()?, second.payload_offset(), total)?;
     file.write_at(&second.descriptor(crc), second.payload_offset() + total)?;
     let end = second.end();
     let tail = tail(&[(first, about_crc), (second, crc)], end);
@@ -167,20 +167,6 @@ fn crc_of_zeros(nbytes: u64) -> Result<u32> {
         let step = left.min(CHUNK_NBYTES);
         hasher.update(&zeros[..to_usize(step)?]);
         left -= step;
-    }
-    Ok(hasher.finalize())
-}
-
-/// CRC of bytes that were written, some of them twice.
-fn crc_of_file(file: &AtomicFile, start: u64, nbytes: u64) -> Result<u32> {
-    let mut chunk = vec![0; to_usize(nbytes.min(CHUNK_NBYTES))?];
-    let (mut hasher, mut at) = (crc32fast::Hasher::new(), start);
-    while at < start + nbytes {
-        let step = (start + nbytes - at).min(CHUNK_NBYTES);
-        let piece = &mut chunk[..to_usize(step)?];
-        file.as_file().read_exact_at(piece, at).map_err(|error| Error::io("read back", error))?;
-        hasher.update(piece);
-        at += step;
     }
     Ok(hasher.finalize())
 }

@@ -1,22 +1,29 @@
 //! Work in numbered pieces on a few threads.
 
+use std::fmt;
 use std::num::NonZero;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use super::Progress;
 use crate::error::{Error, Result};
+use crate::write::Progress;
 
 /// More threads than this wait for memory and not for the processor.
 const MAX_THREADS: usize = 4;
 
 /// What is done of a job, told from any of its threads.
-pub(super) struct Progressed<'a> {
+pub struct Progressed<'a> {
     done: AtomicU64,
     total: u64,
     stop: AtomicBool,
     tell: Mutex<&'a mut (dyn FnMut(u64, u64) + Send)>,
+}
+
+impl fmt::Debug for Progressed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Progressed").field("done", &self.done).field("total", &self.total).finish_non_exhaustive()
+    }
 }
 
 impl Progressed<'_> {
@@ -37,7 +44,14 @@ impl Progressed<'_> {
 ///
 /// # Errors
 /// The first one of any piece; the others then end as soon as they can.
-pub(super) fn run<T: Send>(
+///
+/// # Examples
+/// ```
+/// let squares = reweft::parallel::run(4, 0, &|number, _| Ok(number * number), &mut |_, _| ())?;
+/// assert_eq!(squares, [0, 1, 4, 9]);
+/// # Ok::<(), reweft::Error>(())
+/// ```
+pub fn run<T: Send>(
     count: usize,
     total: u64,
     work: &(dyn Fn(usize, &Progressed<'_>) -> Result<T> + Sync),

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from reweft.errors import MismatchError, UnsupportedError, UsageError
-from reweft.torch.tensors import checkpoint_of
+from reweft.errors import UnsupportedError, UsageError
+from reweft.torch.calling import Batches
+from reweft.torch.compiled import CompiledModule, replace_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from reweft.torch.calling import Call
-    from reweft.torch.compiled import CompiledModule
-
-__all__ = ["Batches", "dynamic_batch"]
+__all__ = ["dynamic_batch"]
 
 # Rows that are changed one by one to see whether others change; with more rows, these are spread over them.
 _PROBED_ROWS = 8
@@ -73,62 +71,6 @@ def dynamic_batch(
         _check_reference(model, reference, leaves)
     model._batches = Batches(model._call)  # noqa: SLF001  (one package)
     return model
-
-
-class Batches:
-    """How one program's calls are cut."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._size = int(call.inputs[0].shape[0])
-
-    def run(self, model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result for any number of rows.
-
-        Raises:
-            MismatchError: The inputs differ in their first dimension, or in another one from what was compiled.
-        """
-        given = self._call.tensors(args, kwargs)
-        rows = self._rows(given)
-        inputs = list(zip(self._call.inputs, given, strict=True))
-        chunks = [
-            [wanted.fit(self._chunk(value, start), wanted.shape, wanted.strides) for wanted, value in inputs]
-            for start in range(0, max(rows, 1), self._size)
-        ]
-        results = model._run_chunks(chunks)  # noqa: SLF001  (one package)
-        # What is no tensor is the same for every chunk.
-        joined = [
-            torch.cat([chunk[number] for chunk in results]).narrow(0, 0, rows) if stated == "tensor" else None
-            for number, stated in enumerate(self._call.outputs)
-        ]
-        return self._call.results(iter(joined))
-
-    def _rows(self, given: list[torch.Tensor]) -> int:
-        first = self._call.inputs[0]
-        rows = int(given[0].shape[0]) if given[0].dim() else 0
-        for wanted, value in zip(self._call.inputs, given, strict=True):
-            if value.dim() != len(wanted.shape):
-                raise MismatchError(
-                    f"input {wanted.name!r} has {value.dim()} dimensions, the program takes {len(wanted.shape)}"
-                )
-            if value.shape[0] != rows:
-                found = f"dim 0 is {value.shape[0]}, that of input {first.name!r} is {rows}"
-                raise MismatchError(f"input {wanted.name!r}: {found}", hint="all inputs have the batch in dim 0")
-            for dim in range(1, value.dim()):
-                if value.shape[dim] != wanted.shape[dim]:
-                    found = f"dim {dim} is {value.shape[dim]}, the program takes {wanted.shape[dim]}"
-                    raise MismatchError(f"input {wanted.name!r}: {found}")
-        return rows
-
-    def _chunk(self, value: torch.Tensor, start: int) -> torch.Tensor:
-        """Some rows, with the last one repeated where there are too few."""
-        rows = min(self._size, value.shape[0] - start)
-        if rows == self._size:
-            return value.narrow(0, start, rows)
-        if rows <= 0:
-            return value.new_zeros((self._size, *value.shape[1:]))
-        last = value.narrow(0, value.shape[0] - 1, 1).expand(self._size - rows, *value.shape[1:])
-        return torch.cat([value.narrow(0, start, rows), last])
 
 
 def _batch_size(model: CompiledModule) -> int:
@@ -200,17 +142,10 @@ def _other(value: torch.Tensor) -> torch.Tensor:
 
 def _with_other_weights(model: CompiledModule) -> CompiledModule:
     """A second model of the program with weights that hide nothing."""
-    other = copy.copy(model)
-    other._core = model._core.twin()  # noqa: SLF001  (one package)
+    other = model._twin()  # noqa: SLF001  (one package)
     made: dict[int, torch.Tensor] = {}
-    state = {name: made.setdefault(id(value), _other(value)) for name, value in model.state_dict().items()}
-    other._core.refit(  # noqa: SLF001
-        checkpoint_of(state)._core,  # noqa: SLF001
-        cast=False,
-        missing=False,
-        unused=False,
-        lend=False,
-        keep_written=False,
+    replace_weights(
+        other, {name: made.setdefault(id(value), _other(value)) for name, value in model.state_dict().items()}
     )
     return other
 

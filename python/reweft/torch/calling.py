@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.utils import _pytree as pytree
@@ -13,11 +13,14 @@ from reweft.torch.signature import constant, flatten, value_of
 from reweft.torch.tensors import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from reweft import _core
 
-__all__ = ["Call", "Input"]
+__all__ = ["Batches", "Call", "Input"]
+
+RunChunks: TypeAlias = "Callable[[list[list[torch.Tensor]]], list[list[Any]]]"
+"""Runs the program once for each list of inputs."""
 
 
 class Call:
@@ -101,6 +104,62 @@ class Call:
         numbers = pytree.tree_unflatten(range(len(self._leaves)), self._in_spec)
         path = next(path for path, leaf in pytree.tree_flatten_with_path(numbers)[0] if leaf == number)
         return pytree.keystr(path[1:])
+
+
+class Batches:
+    """How one program's calls are cut."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._size = int(call.inputs[0].shape[0])
+
+    def run(self, run_chunks: RunChunks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result for any number of rows.
+
+        Raises:
+            MismatchError: The inputs differ in their first dimension, or in another one from what was compiled.
+        """
+        given = self._call.tensors(args, kwargs)
+        rows = self._rows(given)
+        inputs = list(zip(self._call.inputs, given, strict=True))
+        chunks = [
+            [wanted.fit(self._chunk(value, start), wanted.shape, wanted.strides) for wanted, value in inputs]
+            for start in range(0, max(rows, 1), self._size)
+        ]
+        results = run_chunks(chunks)
+        # What is no tensor is the same for every chunk.
+        joined = [
+            torch.cat([chunk[number] for chunk in results]).narrow(0, 0, rows) if stated == "tensor" else None
+            for number, stated in enumerate(self._call.outputs)
+        ]
+        return self._call.results(iter(joined))
+
+    def _rows(self, given: list[torch.Tensor]) -> int:
+        first = self._call.inputs[0]
+        rows = int(given[0].shape[0]) if given[0].dim() else 0
+        for wanted, value in zip(self._call.inputs, given, strict=True):
+            if value.dim() != len(wanted.shape):
+                raise MismatchError(
+                    f"input {wanted.name!r} has {value.dim()} dimensions, the program takes {len(wanted.shape)}"
+                )
+            if value.shape[0] != rows:
+                found = f"dim 0 is {value.shape[0]}, that of input {first.name!r} is {rows}"
+                raise MismatchError(f"input {wanted.name!r}: {found}", hint="all inputs have the batch in dim 0")
+            for dim in range(1, value.dim()):
+                if value.shape[dim] != wanted.shape[dim]:
+                    found = f"dim {dim} is {value.shape[dim]}, the program takes {wanted.shape[dim]}"
+                    raise MismatchError(f"input {wanted.name!r}: {found}")
+        return rows
+
+    def _chunk(self, value: torch.Tensor, start: int) -> torch.Tensor:
+        """Some rows, with the last one repeated where there are too few."""
+        rows = min(self._size, value.shape[0] - start)
+        if rows == self._size:
+            return value.narrow(0, start, rows)
+        if rows <= 0:
+            return value.new_zeros((self._size, *value.shape[1:]))
+        last = value.narrow(0, value.shape[0] - 1, 1).expand(self._size - rows, *value.shape[1:])
+        return torch.cat([value.narrow(0, start, rows), last])
 
 
 class Input:

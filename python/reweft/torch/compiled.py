@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -16,8 +17,7 @@ from torch.export import ExportedProgram
 from reweft import _core
 from reweft.checkpoint import Checkpoint
 from reweft.errors import UsageError
-from reweft.torch.batching import Batches
-from reweft.torch.calling import Call
+from reweft.torch.calling import Batches, Call
 from reweft.torch.host import HostWarning
 from reweft.torch.sources import Source, source_of
 from reweft.torch.tensors import tensor
@@ -90,13 +90,20 @@ class CompiledModule:
                 process was forked and it would wait for threads that are gone.
         """
         if self._batches is not None:
-            return self._batches.run(self, args, kwargs)
+            return self._batches.run(self._run_chunks, args, kwargs)
         inputs = self._call.arguments(self._core, args, kwargs)
         return self._call.results(iter(_tensors(self._core.run(_handles(inputs)))))
 
     def _run_chunks(self, chunks: list[list[torch.Tensor]]) -> list[list[Any]]:
         """Run once for each chunk, all on one set of weights, as many at a time as there are replicas."""
         return [_tensors(outputs) for outputs in self._core.run_chunks([_handles(inputs) for inputs in chunks])]
+
+    def _twin(self) -> CompiledModule:
+        """A second model of the same program with the same weights."""
+        # What is copied refers to the program and not to the model.
+        twin = copy.copy(self)
+        twin._core = self._core.twin()  # noqa: SLF001  (one class)
+        return twin
 
     @property
     def path(self) -> Path:
@@ -110,8 +117,8 @@ class CompiledModule:
 
     def refittable(self) -> Refittable:
         """Which weights can be replaced, and which cannot, by name."""
-        _names, unused = self._core.names()
-        return Refittable(tuple(self.slots()), tuple(unused), dict(self._core.unrefittable()))
+        slots, unused = self._core.names()
+        return Refittable(tuple(map(tuple, slots)), tuple(unused), dict(self._core.unrefittable()))
 
     @property
     def load_report(self) -> ReplaceReport | None:

@@ -74,23 +74,16 @@ def refit_module_weights(  # noqa: PLR0917  (the peer's signature)
     args = (arg_inputs,) if isinstance(arg_inputs, torch.Tensor) else tuple(arg_inputs or ())
     if verify_output and not args and not kwarg_inputs:
         raise UsageError("verify_output needs inputs to compare outputs on", hint="pass arg_inputs or kwarg_inputs")
-    refitted = _twin(compiled_module)
+    refitted = compiled_module._twin()  # noqa: SLF001  (one package)
     replace_weights(refitted, new_weight_module)
     if reference is not None:
         # In one more model: a call may write to buffers, and the new model is to start as its module does.
-        found, wanted = (_outputs(one, args, dict(kwarg_inputs or {})) for one in (_twin(refitted), reference))
+        found, wanted = (_outputs(one, args, dict(kwarg_inputs or {})) for one in (refitted._twin(), reference))  # noqa: SLF001
         _compare(found, wanted, rtol, atol)
     if not in_place:
         return refitted
     compiled_module._core.adopt(refitted._core)  # noqa: SLF001  (one package)
     return compiled_module
-
-
-def _twin(model: CompiledModule) -> CompiledModule:
-    # What is copied refers to the program and not to the model.
-    twin = copy.copy(model)
-    twin._core = model._core.twin()  # noqa: SLF001  (one package)
-    return twin
 
 
 def _reference(weights: object) -> torch.nn.Module:

@@ -123,3 +123,10 @@ def digits_b(digits: Package, tmp_path: Path) -> Path:
     path = tmp_path / "b.pt"
     torch.save(digits.module(1).state_dict(), path)
     return path
+
+
+@pytest.fixture(params=["digits", "tied", "mixed", "views", "half_width", "counter", "recurrent"])
+def package(request: pytest.FixtureRequest) -> Package:
+    """Each traced package with weights in turn."""
+    found: Package = request.getfixturevalue(request.param)
+    return found

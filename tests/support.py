@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ import reweft.torch as rt
 from models import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import pytest
 
@@ -141,7 +144,7 @@ def flip(path: Path, byte_offset: int) -> None:
     path.write_bytes(data)
 
 
-def saved_bytes(obj: Mapping[str, object]) -> bytes:
+def saved_bytes(obj: object) -> bytes:
     """What `torch.save` writes, in memory."""
     buffer = io.BytesIO()
     torch.save(obj, buffer)
@@ -169,3 +172,49 @@ def child(
     line = [sys.executable, "-W", "error::UserWarning:reweft", "-c", code, *map(str, args)]
     settings = {**os.environ, "PYTHONPATH": path, **(env or {})}
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=timeout, env=settings)
+
+
+TEST = re.compile(r"`([\w./-]+\.(?:py|rs))::(\w+)`")
+
+
+def rows_of(document: Path) -> list[list[str]]:
+    """The cells of a document's table, without head and rule."""
+    rows = [line.strip("|").split("|") for line in document.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def assert_tests_exist(cell: str) -> None:
+    """Every item of a list is a test, by its file and name."""
+    for name in cell.split(", "):
+        found = TEST.fullmatch(name)
+        assert found, f"{name} is no test in a file"
+        path, function = Path(__file__).parents[1] / found[1], found[2]
+        assert path.is_file(), f"there is no file {found[1]}"
+        keyword = "def" if path.suffix == ".py" else "fn"
+        assert f"{keyword} {function}(" in path.read_text(), f"{found[1]} has no {function}"
+
+
+@contextlib.contextmanager
+def beside(job: Callable[[], object]) -> Iterator[None]:
+    """Do a job over and over in a thread of its own meanwhile, once at least; what it raises is raised at the end."""
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            job()
+            while not done.is_set():
+                job()
+        except BaseException as error:  # noqa: BLE001  (raised below)
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    if failed:
+        raise failed[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import nn
 import models
 import reweft
 import reweft.torch as rt
-from support import assert_hints, assert_same, assert_says
+from support import assert_hints, assert_same, assert_says, beside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -215,22 +215,10 @@ def test_an_answer_is_of_one_set_of_weights() -> None:
             return x * 0 + self.value
 
     model = rt.dynamic_batch(rt.trace(Constant().eval(), torch.randn(2, 64)))
-    stop = threading.Event()
-
-    def refit() -> None:
-        version = 0
-        while not stop.is_set():
-            version += 1
-            rt.replace_weights(model, {"value": torch.full((64,), float(version))})
-
-    thread = threading.Thread(target=refit)
-    thread.start()
-    try:
+    versions = itertools.count(1)
+    with beside(lambda: rt.replace_weights(model, {"value": torch.full((64,), float(next(versions)))})):
         for _ in range(300):
             assert len(model(torch.ones(17, 64)).unique()) == 1
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_messages_name_what_differs(pair: rt.CompiledModule) -> None:

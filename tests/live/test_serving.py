@@ -11,7 +11,7 @@ from torch import nn
 
 import reweft
 import reweft.torch as rt
-from support import assert_same, differs, save_state
+from support import assert_same, beside, differs, save_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,18 +111,10 @@ def test_state_read_beside_refits_is_of_one_set_of_weights(digits: Package) -> N
     """A refit fills the memory of the weights before the last; a reader that has those must keep them."""
     model = digits.load()
     states = [digits.module(seed).state_dict() for seed in (0, 1)]
-    read, done = [], threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            read.append(model.state_dict())
-
-    reader = threading.Thread(target=look)
-    reader.start()
-    for number in range(400):
-        rt.replace_weights(model, states[number % 2])
-    done.set()
-    reader.join(60)
+    read: list[dict[str, torch.Tensor]] = []
+    with beside(lambda: read.append(model.state_dict())):
+        for number in range(400):
+            rt.replace_weights(model, states[number % 2])
     assert read
     for state in read:
         assert any(all(torch.equal(value, one[key]) for key, value in state.items()) for one in states)

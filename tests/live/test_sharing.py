@@ -12,7 +12,7 @@ import torch
 import models
 import reweft
 import reweft.torch as rt
-from support import assert_hints, assert_same, differs, save_state
+from support import assert_hints, assert_same, beside, differs, save_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -327,22 +327,15 @@ class TestVersion:
         assert model.weights_version == wanted
 
     def test_beside_refits_it_is_one_of_two(self, digits: Package) -> None:
-        model, wanted, done, seen = digits.load(), set(), threading.Event(), set()
+        model, wanted, seen = digits.load(), set(), set()
         states = [digits.module(seed).state_dict() for seed in (0, 1)]
         for state in states:
             rt.replace_weights(model, state)
             wanted.add(model.weights_version)
 
-        def look() -> None:
-            while not done.is_set():
-                seen.add(model.weights_version)
-
-        reader = threading.Thread(target=look)
-        reader.start()
-        for number in range(300):
-            rt.replace_weights(model, states[number % 2])
-        done.set()
-        reader.join(60)
+        with beside(lambda: seen.add(model.weights_version)):
+            for number in range(300):
+                rt.replace_weights(model, states[number % 2])
         assert seen
         assert seen <= wanted
 
@@ -367,7 +360,7 @@ class TestChunks:
             assert_same(output, model(*chunk))
 
     def test_all_chunks_of_an_answer_have_one_set_of_weights(self, digits: Package) -> None:
-        model, done = digits.load(replicas=2), threading.Event()
+        model = digits.load(replicas=2)
         states = [digits.module(seed).state_dict() for seed in (0, 1)]
         wanted = []
         for state in states:
@@ -377,19 +370,15 @@ class TestChunks:
 
         def serve() -> None:
             nonlocal mixed_up
-            while not done.is_set():
-                outputs = [one for (one,) in self.run(model, [digits.inputs] * 6)]
-                matches = [all(torch.equal(output, one) for output in outputs) for one in wanted]
-                mixed_up += not any(matches)
-                for number, match in enumerate(matches):
-                    seen[number] += match
+            outputs = [one for (one,) in self.run(model, [digits.inputs] * 6)]
+            matches = [all(torch.equal(output, one) for output in outputs) for one in wanted]
+            mixed_up += not any(matches)
+            for number, match in enumerate(matches):
+                seen[number] += match
 
-        server = threading.Thread(target=serve)
-        server.start()
-        for number in range(600):
-            rt.replace_weights(model, states[number % 2])
-        done.set()
-        server.join(60)
+        with beside(serve):
+            for number in range(600):
+                rt.replace_weights(model, states[number % 2])
         assert mixed_up == 0
         assert sum(seen) > 0
 

@@ -18,14 +18,6 @@ from support import assert_same, differs, flip, raw, record_at, save_state
 if TYPE_CHECKING:
     from support import Package
 
-NAMES = ["digits", "tied", "mixed", "views", "half_width", "counter", "recurrent"]
-
-
-@pytest.fixture(params=NAMES)
-def package(request: pytest.FixtureRequest) -> Package:
-    found: Package = request.getfixturevalue(request.param)
-    return found
-
 
 def stripped(package: Package, folder: Path) -> Path:
     path = folder / f"{package.path.stem}-stripped.pt2"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import reweft
+from make import zipped
 from support import assert_hints, assert_says, raw
 
 if TYPE_CHECKING:
@@ -181,14 +182,6 @@ class TestTorchScript:
             by_record[str(number)] = matches[0] if matches else "float32"
         path.write_bytes(zipped({name: turn(name, content) for name, content in contents.items()}))
         assert_holds(reweft.open(path), wanted)
-
-
-def zipped(records: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in records.items():
-            archive.writestr(zipfile.ZipInfo(name), content)
-    return buffer.getvalue()
 
 
 class TestExported:

@@ -15,8 +15,9 @@ from torch.export.pt2_archive._package import load_pt2
 from torch.testing._internal.two_tensor import TwoTensor
 
 import reweft
+from make import zipped
 from models import seeded
-from support import assert_hints, assert_same, assert_says, leftovers, raw, save, storage_of
+from support import assert_hints, assert_same, assert_says, leftovers, raw, save, saved_bytes, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,7 +75,7 @@ def as_checkpoints(kind: type[nn.Module], path: Path) -> None:
     root = next(iter(records)).partition("/")[0]
     for part, content in parts.items():
         records = {name: data for name, data in records.items() if not name.startswith(f"{root}/data/{part}/")}
-        records[f"{root}/data/{part}/model.pt"] = pickled(content)
+        records[f"{root}/data/{part}/model.pt"] = saved_bytes(content)
     path.write_bytes(zipped(records))
 
 
@@ -89,21 +90,6 @@ def in_no_folder(kind: type[nn.Module], path: Path) -> None:
         "version": b"8.8",
     }
     path.write_bytes(zipped(records))
-
-
-def pickled(content: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def zipped(records: Mapping[str, bytes]) -> bytes:
-    """An archive of stored records, whose data begin where they may."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in records.items():
-            archive.writestr(zipfile.ZipInfo(name), content)
-    return buffer.getvalue()
 
 
 def load(path: Path) -> torch.export.ExportedProgram:

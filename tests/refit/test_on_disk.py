@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 
     from support import Package
 
-TRACED = ["digits", "tied", "mixed", "views", "half_width", "counter", "recurrent"]
-
-
-@pytest.fixture(params=TRACED)
-def package(request: pytest.FixtureRequest) -> Package:
-    """Each traced package in turn."""
-    found: Package = request.getfixturevalue(request.param)
-    return found
-
 
 def refit_to(package: Package, seed: int, folder: Path, *, start: Path | None = None) -> Path:
     """Refit with the weights of a seed; gives the new package."""

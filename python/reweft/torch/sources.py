@@ -18,10 +18,10 @@ from reweft.torch.tensors import checkpoint_of, held_tensors
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Source", "source_of"]
+__all__ = ["LITERAL", "Source", "source_of"]
 
 # Literals of `forward` are part of the program and not of the module; export numbers them.
-_LITERAL = "lifted_tensor_"
+LITERAL = "lifted_tensor_"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _module_tensors(slots: Iterable[tuple[str, ...]], module: torch.nn.Module) -
             value = held[name] if name in held else _attribute(module, name)
             if name not in state and value is not None:
                 state[name] = value
-        if not names[0].startswith(_LITERAL) and not any(name in state for name in names):
+        if not names[0].startswith(LITERAL) and not any(name in state for name in names):
             _refuse(type(module).__name__, names[0], "the model was compiled from a module of another architecture")
     return state
 
@@ -96,7 +96,7 @@ def _program_tensors(slots: Iterable[tuple[str, ...]], program: ExportedProgram)
     """
     state: dict[str, torch.Tensor] = dict(program.state_dict)
     for names in slots:
-        if names[0].startswith(_LITERAL):
+        if names[0].startswith(LITERAL):
             continue
         for name in names:
             value = program.constants.get(name)

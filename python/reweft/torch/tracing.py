@@ -22,6 +22,7 @@ from reweft.errors import MismatchError, UnsupportedError, UsageError
 from reweft.torch.compiled import CompiledModule, load
 from reweft.torch.functions import Function, as_module
 from reweft.torch.signature import describe, flatten
+from reweft.torch.sources import LITERAL
 from reweft.torch.tensors import held_tensors
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def trace(
         _core.seal(fresh, origins.to_json(), sealed)
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
-    nameless = [names[0] for names in model.slots() if names[0].startswith("lifted_tensor_")]
+    nameless = [names[0] for names in model.slots() if names[0].startswith(LITERAL)]
     _report(model, nameless if isinstance(module, Function) else [], strict=strict)
     model.inline_weights = inline_weights
     model._traced = weakref.ref(module)  # noqa: SLF001  (one package)
@@ -319,7 +320,7 @@ def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Mo
     persistent: set[str] = set(program.state_dict)
     if isinstance(module, Function):
         # A function has no other state than what it refers to, so a checkpoint of it must have all of that.
-        persistent |= {name for name in values if not name.startswith("lifted_tensor_")}
+        persistent |= {name for name in values if not name.startswith(LITERAL)}
     for spec in signature.input_specs:
         name = getattr(spec.arg, "name", "")
         if spec.kind != InputKind.USER_INPUT and spec.target is not None and placeholders[name].users:

@@ -231,22 +231,8 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         return output::json(out, &view);
     }
     let rows = artifact.slots().iter().map(|slot| {
-        let shape = format!("{:?}", slot.shape);
-        let mut remarks = Vec::new();
-        if !slot.aliases.is_empty() {
-            remarks.push(format!("also {}", slot.aliases.join(", ")));
-        }
-        if !slot.persistent {
-            remarks.push("not in a state_dict".to_owned());
-        }
-        if slot.mutated && artifact.manifest().is_some() {
-            remarks.push("written by the program".to_owned());
-        }
-        if slot.stripped {
-            remarks.push("stripped".to_owned());
-        }
-        remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));
-        vec![slot.name.clone(), slot.dtype.to_string(), shape, output::bytes(slot.nbytes), remarks.join("; ")]
+        let (shape, remarks) = (format!("{:?}", slot.shape), remarks(artifact, slot));
+        vec![slot.name.clone(), slot.dtype.to_string(), shape, output::bytes(slot.nbytes), remarks]
     });
     output::table(out, &["slot", "dtype", "shape", "bytes", "remarks"], &["bytes"], rows.collect())?;
     for absent in artifact.unrefittable() {
@@ -276,4 +262,24 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         if artifact.is_stripped() { format!(", {} of them stripped", output::bytes(stripped)) } else { String::new() };
     writeln!(out, "{kind}: {slots} slots, {} bytes{left_out}", output::bytes(nbytes))?;
     Ok(())
+}
+
+/// What there is to say of a slot beside its tensor.
+fn remarks(artifact: &Artifact, slot: &Slot) -> String {
+    let mut remarks = Vec::new();
+    if !slot.aliases.is_empty() {
+        remarks.push(format!("also {}", slot.aliases.join(", ")));
+    }
+    if !slot.persistent {
+        remarks.push("not in a state_dict".to_owned());
+    }
+    // Without a manifest nothing says which buffers the program writes to.
+    if slot.mutated && artifact.manifest().is_some() {
+        remarks.push("written by the program".to_owned());
+    }
+    if slot.stripped {
+        remarks.push("stripped".to_owned());
+    }
+    remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));
+    remarks.join("; ")
 }

@@ -112,8 +112,8 @@ pub(crate) fn check_torch(compiled: &str, running: Option<u64>) -> Result<Option
 }
 
 fn metadata(artifact: &Artifact) -> Result<Metadata> {
-    let program = artifact.program().and_then(|program| Some((program.archive()?, program.models().first()?)));
-    let Some((archive, Some(name))) = program.map(|(archive, model)| (archive, model.metadata.as_ref())) else {
+    let Some((archive, Some(name))) = artifact.package().map(|(archive, model)| (archive, model.metadata.as_ref()))
+    else {
         return Ok(Metadata::default());
     };
     serde_json::from_slice(&archive.read(name)?).map_err(|error| Error::format(error.to_string()).in_record(name))

@@ -545,8 +545,7 @@ fn check_device(manifest: &Manifest, wanted: Option<Device>) -> Result<Device> {
 /// The largest number of threads that the generated loops state. The compiler writes it into them (`num_threads(2)`) unless
 /// it was asked for `cpp.dynamic_threads`.
 fn baked_threads(artifact: &Artifact) -> Result<u64> {
-    let program = artifact.program().and_then(|program| Some((program.archive()?, program.models().first()?)));
-    let Some((archive, model)) = program else { return Ok(1) };
+    let Some((archive, model)) = artifact.package() else { return Ok(1) };
     let folder = model.source.rsplit_once('/').map_or("", |(folder, _)| folder);
     let mut most = 1;
     for name in archive.entries().keys().filter(|name| name.starts_with(folder) && name.strip_suffix(".cpp").is_some())
@@ -602,8 +601,8 @@ fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>)
 /// # Safety
 /// As [`Library::open`].
 unsafe fn unpack_library(artifact: &Artifact, torch: &Torch) -> Result<Library> {
-    let program = artifact.program().and_then(|program| Some((program.archive()?, program.models().first()?)));
-    let (archive, model) = program.ok_or_else(|| Error::new(ErrorKind::Unsupported, "this is no compiled package"))?;
+    let (archive, model) =
+        artifact.package().ok_or_else(|| Error::new(ErrorKind::Unsupported, "this is no compiled package"))?;
     // SAFETY: the caller vouches for the package.
     unsafe { open_library(torch, &archive.read(&model.library)?) }
 }

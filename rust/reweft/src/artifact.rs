@@ -345,6 +345,12 @@ impl Artifact {
         }
     }
 
+    /// The archive of a compiled package, and its first model: the only one of a package that has a manifest.
+    pub fn package(&self) -> Option<(&Arc<Archive>, &aotinductor::Records)> {
+        let program = self.program()?;
+        Some((program.archive()?, program.models().first()?))
+    }
+
     /// What `reweft` wrote down about the origin of every slot when it compiled the package, if it did.
     pub fn manifest(&self) -> Option<&Manifest> {
         self.program()?.manifest.as_ref()

@@ -515,8 +515,8 @@ impl<'a> Job<'a> {
     }
 
     fn manifest_record(&self) -> Option<(&crate::container::zip::Archive, String)> {
-        let program = self.artifact.program()?;
-        Some((program.archive()?, manifest::record_name(program.models().first()?)))
+        let (archive, model) = self.artifact.package()?;
+        Some((archive, manifest::record_name(model)))
     }
 
     fn manifest_checksum(&self) -> Result<Option<Checksum>> {

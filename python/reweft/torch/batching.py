@@ -64,9 +64,10 @@ def dynamic_batch(
     """
     size = _batch_size(model)
     leaves = _examples(model, example_inputs, kwargs or {})
-    # Weights that happen to be zero hide what rows do to each other, and a refit may bring others.
-    for one in (model, _with_other_weights(model)):
-        _Rows(one, size).check(leaves)
+    _Rows(model, size).check(leaves)
+    if model.slots():
+        # Weights that happen to be zero hide what rows do to each other, and a refit may bring others.
+        _Rows(_with_other_weights(model), size).check(leaves)
     if size == 1:
         _check_reference(model, reference, leaves)
     model._batches = Batches(model._call)  # noqa: SLF001  (one package)

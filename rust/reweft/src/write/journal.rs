@@ -214,9 +214,10 @@ impl Committed {
         let mut write = |at: u64, bytes: &[u8]| {
             locked.file.write_all_at(bytes, at).map_err(|error| Error::io("write", error).in_file(&locked.path))
         };
-        read_ranges(journal, &mut write).map_err(unfinished)?;
+        read_ranges(&journal, &mut write).map_err(unfinished)?;
         locked.file.sync_data().map_err(|error| failed("fdatasync", error))?;
         fs::remove_file(&self.path).map_err(|error| failed("remove the journal", error))?;
+        close_aside(journal);
         let hint =
             "the file is rewritten and on the disk; after a power cut it may be rewritten once more, to the same";
         sync_folder(&locked.path).map_err(|error| error.with_hint(hint))
@@ -245,7 +246,7 @@ impl Committed {
         }
         let mut ranges = Vec::new();
         let journal = File::open(&self.path).map_err(failed)?;
-        let (inode, length) = read_ranges(journal, &mut |at, bytes| {
+        let (inode, length) = read_ranges(&journal, &mut |at, bytes| {
             ranges.push(at..at.saturating_add(bytes.len() as u64));
             Ok(())
         })?;
@@ -259,7 +260,7 @@ impl Committed {
 }
 
 /// Hands over each range of a journal, long ones in pieces; gives the inode and length of the file that it is of.
-fn read_ranges(journal: File, take: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<(u64, u64)> {
+fn read_ranges(journal: &File, take: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<(u64, u64)> {
     let failed = |error| Error::io("read the journal", error);
     let mut journal = BufReader::with_capacity(CHUNK_NBYTES, journal);
     let mut number = || -> Result<u64> {
@@ -290,6 +291,13 @@ fn read_ranges(journal: File, take: &mut dyn FnMut(u64, &[u8]) -> Result<()>) ->
             left -= chunk as u64;
         }
     }
+}
+
+/// Closes a file that has no name any more. Freeing its blocks takes as long as writing some of them, and nobody has to
+/// wait for it: the system does the same for a process that dies.
+fn close_aside(file: File) {
+    // Without a thread it is closed here.
+    let _ = std::thread::Builder::new().name("reweft-close".into()).spawn(move || drop(file));
 }
 
 /// Finishes an in-place rewrite of a file that was cut short, if there was one. Costs a look for the journal.

@@ -151,17 +151,24 @@ def saved_bytes(obj: object) -> bytes:
     return buffer.getvalue()
 
 
-def with_manifest(package: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """A copy of a package whose manifest was edited, with right CRCs."""
+def with_record(package: Path, out: Path, end: str, edit: Callable[[bytes], bytes]) -> Path:
+    """A copy of a package with another content of the record whose name ends so, with right CRCs."""
     with zipfile.ZipFile(package) as source, zipfile.ZipFile(out, "w") as target:
         for name in source.namelist():
             data = source.read(name)
-            if name.endswith("reweft_manifest.json"):
-                manifest = json.loads(data)
-                edit(manifest)
-                data = json.dumps(manifest, separators=(",", ":")).encode()
-            target.writestr(name, data)
+            target.writestr(name, edit(data) if name.endswith(end) else data)
     return out
+
+
+def with_manifest(package: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a package whose manifest was edited, with right CRCs."""
+
+    def edited(data: bytes) -> bytes:
+        manifest = json.loads(data)
+        edit(manifest)
+        return json.dumps(manifest, separators=(",", ":")).encode()
+
+    return with_record(package, out, "reweft_manifest.json", edited)
 
 
 def child(

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from test_cli import BINARY, Cli
+from torch import nn
 
+import reweft.torch as rt
 from support import save_state
 
 if TYPE_CHECKING:
@@ -146,3 +148,26 @@ def test_the_example_refits_live_what_a_refit_on_disk_gives(digits: Package, dig
     assert equal == "equal to the outputs of an artifact refitted on disk"
     first = float(refitted.split("Some(")[1].rstrip(")"))
     assert first == pytest.approx(digits.eager(1).reshape(-1)[0].item(), abs=1e-5)
+
+
+class Solver(nn.Module):
+    """Its operator has no C function, so that the program leaves it to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        solved: torch.Tensor = torch.linalg.solve(self.matrix, x)
+        return solved
+
+
+@pytest.mark.filterwarnings("ignore:.*c-shim implementation")
+def test_operators_that_need_python_are_refused_by_name(cli: Cli, tmp_path: Path) -> None:
+    package, x = tmp_path / "model.pt2", tmp_path / "x.npy"
+    rt.save(rt.trace(Solver().eval(), torch.ones(3)), package)
+    np.save(x, np.ones(3, np.float32))
+    said = cli.fails("run", package, "--input", x, "--output", tmp_path / "y.npy", "--libtorch", LIBTORCH)
+    assert "aten::_linalg_solve_ex" in said
+    assert "hint: run it with reweft.torch.load" in said
+    assert not (tmp_path / "y.npy").exists()

@@ -92,22 +92,6 @@ def test_tensors_in_a_list_are_replaced_or_refused() -> None:
         assert torch.allclose(model(x), other(x))
 
 
-class Solver(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.eye(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.linalg.solve(self.matrix, x)
-        return out
-
-
-def test_operator_that_the_runtime_cannot_call_is_refused() -> None:
-    with pytest.raises(reweft.UnsupportedError, match="proxy executor") as error:
-        rt.trace(Solver().eval(), torch.ones(3))
-    assert_hints(error)
-
-
 def test_zero_replicas_are_refused(digits: Package) -> None:
     with pytest.raises(reweft.UsageError):
         digits.load(replicas=0)

@@ -20,7 +20,7 @@ from reweft.errors import UsageError
 from reweft.torch.calling import Batches, Call
 from reweft.torch.host import HostWarning
 from reweft.torch.sources import Source, source_of
-from reweft.torch.tensors import tensor
+from reweft.torch.tensors import handles_of, tensor, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,11 +92,11 @@ class CompiledModule:
         if self._batches is not None:
             return self._batches.run(self._run_chunks, args, kwargs)
         inputs = self._call.arguments(self._core, args, kwargs)
-        return self._call.results(iter(_tensors(self._core.run(_handles(inputs)))))
+        return self._call.results(iter(tensors_of(self._core.run(handles_of(inputs)))))
 
     def _run_chunks(self, chunks: list[list[torch.Tensor]]) -> list[list[Any]]:
         """Run once for each chunk, all on one set of weights, as many at a time as there are replicas."""
-        return [_tensors(outputs) for outputs in self._core.run_chunks([_handles(inputs) for inputs in chunks])]
+        return [tensors_of(outputs) for outputs in self._core.run_chunks([handles_of(inputs) for inputs in chunks])]
 
     def _twin(self) -> CompiledModule:
         """A second model of the same program with the same weights."""
@@ -155,18 +155,6 @@ class CompiledModule:
     def __repr__(self) -> str:
         inputs = ", ".join(f"{item.name}: {item.dtype} {list(item.shape)}" for item in self._call.inputs)
         return f"<CompiledModule ({inputs}), {len(self.slots())} slots>"
-
-
-# torch documents no public functions that pass tensors without a copy; these two do it by handle.
-def _handles(tensors: list[torch.Tensor]) -> list[Any]:
-    handles: list[Any] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)  # noqa: SLF001
-    return handles
-
-
-def _tensors(handles: list[Any]) -> list[torch.Tensor | None]:
-    there = [handle for handle in handles if handle is not None]
-    made = iter(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(there))  # noqa: SLF001
-    return [None if handle is None else next(made) for handle in handles]
 
 
 Weights: TypeAlias = (

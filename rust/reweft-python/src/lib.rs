@@ -11,6 +11,7 @@ mod error;
 mod handles;
 mod limits;
 mod model;
+mod operators;
 mod weights;
 
 use pyo3::prelude::*;

@@ -10,11 +10,12 @@ use reweft::artifact::manifest::{Batching, Manifest};
 use reweft::plan::Allow;
 use reweft::source::Access;
 use reweft::{Artifact, Limits};
-use reweft_runtime::{ModelOptions, RefitOptions, Tensor};
+use reweft_runtime::{ModelOptions, OpenOperators, RefitOptions, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::handles;
+use crate::operators;
 use crate::weights::to_json;
 
 /// A compiled program that runs. Calls hold no interpreter lock.
@@ -50,7 +51,8 @@ impl Model {
         let count = |found: i64| u16::try_from(found).ok().and_then(NonZero::new).ok_or_else(|| wrong_threads(found));
         let threads = threads.map(count).transpose()?;
         let libtorch = Some(libtorch);
-        let options = ModelOptions { replicas, libtorch, weights, refit, single_threaded, threads, device };
+        let operators = Some(operators::open as OpenOperators);
+        let options = ModelOptions { replicas, libtorch, weights, refit, single_threaded, threads, device, operators };
         py.detach(|| handles::open_model(&path, &options)).map(Self)
     }
 
@@ -98,7 +100,7 @@ impl Model {
     /// Runs on tensor handles in capsules, which are taken; gives handles in capsules, or None.
     fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyList>) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
         let inputs = handles::take(self.0.torch(), inputs)?;
-        let outputs = py.detach(|| self.0.run(inputs)).map_err(crate::error::Error::from)?;
+        let outputs = py.detach(|| self.0.run(inputs)).map_err(|error| operators::raised(py, error))?;
         give(py, outputs)
     }
 
@@ -110,7 +112,7 @@ impl Model {
     ) -> PyResult<Vec<Vec<Option<Bound<'py, PyAny>>>>> {
         let chunks: PyResult<_> = chunks.iter().map(|inputs| handles::take(self.0.torch(), inputs)).collect();
         let chunks = chunks?;
-        let outputs = py.detach(|| self.0.run_chunks(chunks)).map_err(crate::error::Error::from)?;
+        let outputs = py.detach(|| self.0.run_chunks(chunks)).map_err(|error| operators::raised(py, error))?;
         outputs.into_iter().map(|outputs| give(py, outputs)).collect()
     }
 

@@ -14,6 +14,7 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gate::{self, Gate};
 use crate::library::{Library, Pair, RawContainer};
+use crate::proxy::{self, Operators, Proxy};
 use crate::symbols::Function;
 use crate::tensor::Tensor;
 use crate::torch::{RawTensor, Torch, text};
@@ -47,6 +48,8 @@ pub struct Container {
     /// The weights that calls read. Replaced only while the gate is closed.
     active: Mutex<Active>,
     filled: AtomicBool,
+    /// Boxed: the library is given its address.
+    proxy: Option<Box<Proxy>>,
 }
 
 /// The weights in use.
@@ -112,6 +115,7 @@ impl Container {
             refit: Mutex::default(),
             active: Mutex::default(),
             filled: AtomicBool::new(false),
+            proxy: None,
         };
         // From here on dropping `this` deletes the container, whatever fails.
         this.read_tables()?;
@@ -120,6 +124,13 @@ impl Container {
         }
         this.adopt_own_weights()?;
         Ok(this)
+    }
+
+    /// Gives the program the operators that it leaves to its host.
+    #[must_use]
+    pub fn with_operators(mut self, operators: Arc<dyn Operators>) -> Self {
+        self.proxy = Some(Box::new(Proxy::new(&self.torch, operators)));
+        self
     }
 
     fn read_tables(&mut self) -> Result<()> {
@@ -305,8 +316,8 @@ impl Container {
         let fold = self.library.functions().fold.as_ref();
         let fold = self.library.need(fold, "AOTInductorModelContainerRunConstantFolding")?;
         // SAFETY: the container is live, all constants are bound, and the gate keeps calls out.
-        let status = unsafe { (fold.call)(self.raw(), false, null_mut(), null_mut()) };
-        self.library.check(fold, status)
+        let status = unsafe { (fold.call)(self.raw(), false, null_mut(), self.proxy()) };
+        self.check_call(fold, status)
     }
 
     /// Gives back the container's own copy of the weights, now that no call reads it. Saves memory, so a
@@ -353,8 +364,8 @@ impl Container {
     /// weights; they may share it with inputs and with one another, as the program says. On devices
     /// other than the host the work goes to the default stream and this returns before it is done.
     ///
-    /// Programs with operators that need a proxy executor fail by name at the operator. The library also prints its
-    /// errors on stderr.
+    /// Programs with operators that need a proxy executor fail at the operator, unless
+    /// [`with_operators`](Self::with_operators) gave some. The library also prints its errors on stderr.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] for the wrong number of inputs and [`ErrorKind::WeightsMissing`] for a container
@@ -405,12 +416,11 @@ impl Container {
         let mut outputs: Vec<RawTensor> = vec![null_mut(); self.num_outputs()];
         let (input, output) = (handles.as_mut_ptr(), outputs.as_mut_ptr());
         // SAFETY: the container is live and filled, both arrays have the lengths given (the library checks
-        // these itself), and the caller vouches for the inputs. Null is the default stream and no proxy.
-        let status = unsafe {
-            let (stream, proxy) = (null_mut(), null_mut());
-            (run.call)(self.raw(), input, handles.len(), output, outputs.len(), stream, proxy)
-        };
-        let status = self.library.check(run, status);
+        // these itself), and the caller vouches for the inputs. Null is the default stream; the proxy is
+        // live as long as the container.
+        let status =
+            unsafe { (run.call)(self.raw(), input, handles.len(), output, outputs.len(), null_mut(), self.proxy()) };
+        let status = self.check_call(run, status);
         // The library puts null where it took a handle; what it failed to take is still ours to delete.
         // SAFETY: for both, the handles left in the arrays are live and nobody else's.
         drop(unsafe { self.adopt(&handles) });
@@ -487,13 +497,20 @@ impl Container {
         let entry = |pair: &Pair| {
             // SAFETY: the name lives as long as the entries.
             let fqn = unsafe { text(pair.name) }.unwrap_or_default();
-            // SAFETY: the handle is live; it is the container's, so ours is never dropped.
-            let lent = unsafe { Tensor::from_raw(&self.torch, pair.tensor)? };
-            let tensor = lent.try_clone();
-            let _ = lent.into_raw();
-            Ok((fqn, tensor?))
+            // SAFETY: the handle is live.
+            Ok((fqn, unsafe { Tensor::share(&self.torch, pair.tensor)? }))
         };
         pairs.iter().map(entry).collect()
+    }
+
+    /// Turns the status of a call that may have run operators of the host into a result.
+    fn check_call<F>(&self, function: &Function<F>, status: i32) -> Result<()> {
+        let failure = proxy::take_failure();
+        if status == 0 { Ok(()) } else { failure.map_or_else(|| self.library.check(function, status), Err) }
+    }
+
+    fn proxy(&self) -> *mut c_void {
+        self.proxy.as_ref().map_or(null_mut(), |proxy| proxy.as_raw())
     }
 
     fn raw(&self) -> RawContainer {
@@ -505,7 +522,7 @@ impl Container {
     }
 
     /// Asks for a number.
-    fn get(&self, get: &Function<unsafe extern "C" fn(RawContainer, *mut usize) -> i32>) -> Result<usize> {
+    fn get(&self, get: &Function<unsafe extern "C-unwind" fn(RawContainer, *mut usize) -> i32>) -> Result<usize> {
         let mut found = 0;
         // SAFETY: the container is live (invariant of the type) and `found` is writable.
         self.library.check(get, unsafe { (get.call)(self.raw(), &raw mut found) })?;
@@ -515,7 +532,7 @@ impl Container {
     /// Asks for one field of a row.
     fn item<T: Default>(
         &self,
-        get: &Function<unsafe extern "C" fn(RawContainer, usize, *mut T) -> i32>,
+        get: &Function<unsafe extern "C-unwind" fn(RawContainer, usize, *mut T) -> i32>,
         row: usize,
     ) -> Result<T> {
         let mut found = T::default();
@@ -527,7 +544,7 @@ impl Container {
     /// Asks for the name of a row.
     fn name(
         &self,
-        get: &Function<unsafe extern "C" fn(RawContainer, usize, *mut *const c_char) -> i32>,
+        get: &Function<unsafe extern "C-unwind" fn(RawContainer, usize, *mut *const c_char) -> i32>,
         row: usize,
     ) -> Result<String> {
         let mut found = null();
@@ -539,8 +556,8 @@ impl Container {
 
     fn names(
         &self,
-        count: &Function<unsafe extern "C" fn(RawContainer, *mut usize) -> i32>,
-        name: &Function<unsafe extern "C" fn(RawContainer, usize, *mut *const c_char) -> i32>,
+        count: &Function<unsafe extern "C-unwind" fn(RawContainer, *mut usize) -> i32>,
+        name: &Function<unsafe extern "C-unwind" fn(RawContainer, usize, *mut *const c_char) -> i32>,
     ) -> Result<Vec<String>> {
         (0..self.get(count)?).map(|row| self.name(name, row)).collect()
     }

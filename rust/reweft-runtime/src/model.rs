@@ -13,7 +13,7 @@ use reweft::plan::{Allow, Finding, Plan, Running, plan_running};
 use reweft::source::Access;
 use reweft::write::{self, RefitReport};
 use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::binding::Binding;
 use crate::cache::open_library;
@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::host;
 use crate::library::Library;
 use crate::process::{Threads, Use, Uses, is_forked};
+use crate::proxy::{OpenOperators, Operators};
 use crate::serving::Serving;
 use crate::slots::{Filled, Held, fill, info, no_weights, packaged};
 use crate::tensor::Tensor;
@@ -45,6 +46,8 @@ pub struct ModelOptions {
     pub threads: Option<NonZero<u16>>,
     /// The kind of device that the program must be for; `None` takes what it is for.
     pub device: Option<Device>,
+    /// Makes the operators that the program leaves to its host; without it, programs with such are refused.
+    pub operators: Option<OpenOperators>,
 }
 
 impl Default for ModelOptions {
@@ -57,6 +60,7 @@ impl Default for ModelOptions {
             single_threaded: false,
             threads: None,
             device: None,
+            operators: None,
         }
     }
 }
@@ -143,8 +147,8 @@ impl Model {
     ///
     /// # Errors
     /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that has no manifest (nothing says
-    /// which inputs it takes), with operators that need a proxy executor, for a device of another kind than the process
-    /// has, or for another machine, processor or torch, in which case none of its code was loaded; [`ErrorKind::Usage`] for
+    /// which inputs it takes), with operators that it leaves to a host that has none, for a device of another kind than
+    /// the process has, or for another machine, processor or torch, in which case none of its code was loaded; [`ErrorKind::Usage`] for
     /// several replicas of a program that writes to buffers; [`ErrorKind::Run`] if the loader or the program refuses;
     /// [`ErrorKind::Mismatch`] if the options' weights do not fit.
     ///
@@ -165,9 +169,10 @@ impl Model {
             None => Torch::from_process()?,
         };
         notices.extend(host::check_torch(manifest.torch(), torch.abi_version()).map_err(in_file)?);
+        let operators = operators(&artifact, &torch, options.operators).map_err(in_file)?;
         // SAFETY: the caller vouches for the package.
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
-        let serving = Serving::open(&torch, &library, device, options.replicas, options.single_threaded)?;
+        let serving = Serving::open(&torch, &library, device, options.replicas, options.single_threaded, operators)?;
         let (threads, baked_threads) = (options.threads, baked_threads(&artifact).map_err(in_file)?);
         if let Some(count) = threads.filter(|count| baked_threads > 1 && u64::from(count.get()) != baked_threads) {
             notices.push(format!(
@@ -206,7 +211,8 @@ impl Model {
     pub fn twin(&self) -> Result<Self> {
         let _use = self.enter()?;
         let (replicas, alone) = (self.serving.replicas(), self.serving.is_single_threaded());
-        let serving = Serving::open(&self.torch, &self.library, self.device, replicas, alone)?;
+        let operators = self.serving.operators();
+        let serving = Serving::open(&self.torch, &self.library, self.device, replicas, alone, operators)?;
         let twin = Self {
             artifact: Arc::clone(&self.artifact),
             torch: self.torch.clone(),
@@ -511,10 +517,6 @@ fn check_runnable<'a>(artifact: &'a Artifact, options: &ModelOptions) -> Result<
         return Err(Error::new(ErrorKind::Unsupported, what)
             .with_hint("compile with reweft.torch.trace; torch's own aoti_load_package runs it unchecked"));
     };
-    if artifact.program().is_some_and(|program| program.models().iter().any(|model| model.extern_nodes.is_some())) {
-        let what = "the program has operators that need a proxy executor, which is not supported yet";
-        return Err(Error::new(ErrorKind::Unsupported, what).with_hint("torch's own aoti_load_package runs it"));
-    }
     if let Some(slot) = artifact.slots().iter().find(|slot| slot.obstacle().is_some()) {
         let what = format!("slot cannot be bound: {}", slot.obstacle().unwrap_or_default());
         return Err(Error::new(ErrorKind::Unsupported, what).of_key(&slot.name));
@@ -526,6 +528,43 @@ fn check_runnable<'a>(artifact: &'a Artifact, options: &ModelOptions) -> Result<
         return Err(Error::new(ErrorKind::Usage, what).of_key(&slot.name).with_hint("open it with one replica"));
     }
     Ok(manifest)
+}
+
+/// The operators that the program leaves to its host, if it has such.
+fn operators(artifact: &Artifact, torch: &Torch, open: Option<OpenOperators>) -> Result<Option<Arc<dyn Operators>>> {
+    let Some((archive, Some(record))) = artifact.package().map(|(archive, model)| (archive, &model.extern_nodes))
+    else {
+        return Ok(None);
+    };
+    let text = archive.read(record)?;
+    let nodes: ExternNodes = serde_json::from_slice(&text)
+        .map_err(|error| Error::format(format!("operators of the host: {error}")).in_record(record))?;
+    let mut targets: Vec<_> = nodes.nodes.into_iter().map(|node| node.node.target).collect();
+    if targets.is_empty() {
+        return Ok(None);
+    }
+    let Some(open) = open else {
+        targets.dedup();
+        let what = format!("the program leaves operators to Python: {}", targets.join(", "));
+        return Err(Error::new(ErrorKind::Unsupported, what).with_hint("run it with reweft.torch.load"));
+    };
+    open(torch, &String::from_utf8_lossy(&text)).map(Some)
+}
+
+/// As much of torch's `ExternKernelNodes` as is read here.
+#[derive(Deserialize)]
+struct ExternNodes {
+    nodes: Vec<ExternNode>,
+}
+
+#[derive(Deserialize)]
+struct ExternNode {
+    node: Node,
+}
+
+#[derive(Deserialize)]
+struct Node {
+    target: String,
 }
 
 /// Weights are bound where the host has them, so the program's device must be one that reads host memory.

@@ -5,7 +5,7 @@
 //!
 //! Locks are taken in the order `Model::live`, permit, `current`, gate, and a permit is never held while `live` is taken.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::binding::Binding;
 use crate::container::{Container, Pass};
@@ -13,6 +13,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::library::Library;
 use crate::permits::{Permit, Permits};
+use crate::proxy::Operators;
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -22,6 +23,7 @@ pub(crate) struct Serving {
     device: Device,
     replicas: usize,
     single_threaded: bool,
+    operators: Option<Arc<dyn Operators>>,
     first: Container,
     /// Made by the first replacement: a model that is never refitted needs none.
     second: OnceLock<Container>,
@@ -41,14 +43,17 @@ impl Serving {
         device: Device,
         replicas: usize,
         single_threaded: bool,
+        operators: Option<Arc<dyn Operators>>,
     ) -> Result<Self> {
         let first = Container::open(torch, library, device, replicas, single_threaded)?;
+        let first = with_operators(first, operators.as_ref());
         Ok(Self {
             torch: torch.clone(),
             library: library.clone(),
             device,
             replicas,
             single_threaded,
+            operators,
             first,
             second: OnceLock::new(),
             on_second: Mutex::new(false),
@@ -64,6 +69,11 @@ impl Serving {
     /// Whether calls follow one another, without a pool of instances.
     pub fn is_single_threaded(&self) -> bool {
         self.single_threaded
+    }
+
+    /// The operators that the program leaves to its host, if there are any.
+    pub fn operators(&self) -> Option<Arc<dyn Operators>> {
+        self.operators.clone()
     }
 
     /// What both containers have in common: the program and its signature.
@@ -168,6 +178,7 @@ impl Serving {
             return Ok(second);
         }
         let second = Container::open(&self.torch, &self.library, self.device, self.replicas, self.single_threaded)?;
+        let second = with_operators(second, self.operators.as_ref());
         Ok(self.second.get_or_init(|| second))
     }
 
@@ -177,6 +188,13 @@ impl Serving {
 
     fn lock(&self) -> MutexGuard<'_, bool> {
         lock(&self.on_second)
+    }
+}
+
+fn with_operators(container: Container, operators: Option<&Arc<dyn Operators>>) -> Container {
+    match operators {
+        Some(operators) => container.with_operators(Arc::clone(operators)),
+        None => container,
     }
 }
 

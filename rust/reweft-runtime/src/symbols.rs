@@ -11,7 +11,8 @@ pub(crate) struct Function<F> {
     pub call: F,
 }
 
-/// Declares a struct of [`Function`]s and its `resolve`: one line per function is the whole table.
+/// Declares a struct of [`Function`]s and its `resolve`: one line per function is the whole table. They are C++ inside, and
+/// an exception may pass through our frames.
 macro_rules! symbols {
     (
         $(#[$attribute:meta])* struct $table:ident;
@@ -20,8 +21,8 @@ macro_rules! symbols {
     ) => {
         $(#[$attribute])*
         pub(crate) struct $table {
-            $(pub $field: $crate::symbols::Function<unsafe extern "C" fn($($argument),*) $(-> $output)?>,)*
-            $(pub $maybe: Option<$crate::symbols::Function<unsafe extern "C" fn($($maybe_argument),*) $(-> $maybe_output)?>>,)*
+            $(pub $field: $crate::symbols::Function<unsafe extern "C-unwind" fn($($argument),*) $(-> $output)?>,)*
+            $(pub $maybe: Option<$crate::symbols::Function<unsafe extern "C-unwind" fn($($maybe_argument),*) $(-> $maybe_output)?>>,)*
         }
 
         impl $table {

@@ -36,6 +36,21 @@ impl Tensor {
         Ok(Self { torch: torch.clone(), raw })
     }
 
+    /// Makes a handle of its own for a tensor that somebody else's handle is of.
+    ///
+    /// # Errors
+    /// As [`from_raw`](Self::from_raw) and [`try_clone`](Self::try_clone).
+    ///
+    /// # Safety
+    /// `raw` is null or a live handle of the libtorch that `torch` stands for.
+    pub(crate) unsafe fn share(torch: &Torch, raw: RawTensor) -> Result<Self> {
+        // SAFETY: the caller vouches for the handle, which is given back before this returns.
+        let lent = unsafe { Self::from_raw(torch, raw)? };
+        let shared = lent.try_clone();
+        let _ = lent.into_raw();
+        shared
+    }
+
     /// Takes what a call of the shim made. `create_tensor_from_blob_v2` was seen to report success and leave null
     /// where the call it wraps had failed (torch 2.15, a blob on a device that does not exist).
     ///

@@ -28,6 +28,8 @@ symbols! {
         dtype = "aoti_torch_get_dtype": fn(RawTensor, *mut i32) -> i32;
         device_type = "aoti_torch_get_device_type": fn(RawTensor, *mut i32) -> i32;
         device_index = "aoti_torch_get_device_index": fn(RawTensor, *mut i32) -> i32;
+        assign = "aoti_torch_assign_tensors": fn(RawTensor, RawTensor) -> i32;
+        throw_unless = "aoti_torch_check": fn(bool, *const c_char, *const c_char, u32, *const c_char) -> ();
         clone = "aoti_torch_clone": fn(RawTensor, *mut RawTensor) -> i32;
         empty_strided = "aoti_torch_empty_strided":
             fn(i64, *const i64, *const i64, i32, i32, i32, *mut RawTensor) -> i32;

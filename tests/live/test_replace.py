@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,8 +17,6 @@ from models import Counter, seeded
 from support import assert_same, assert_says, differs, save, save_state
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from support import Package
 
 # Largest difference from eager, absolute. 0: the same library kernels on the same values. Otherwise:
@@ -111,6 +111,53 @@ def test_tensors_in_memory_are_copied(digits: Package) -> None:
             value.fill_(0)
     assert_same(model(*digits.inputs), before)
     assert_same(model.state_dict(), state)
+
+
+def test_standby_copies_into_the_memory_of_the_weights_before_the_last(package: Package) -> None:
+    model, plain = rt.load(package.path, standby=True), package.load()
+    for seed in (1, 2, 0, 1, 2):
+        state = package.module(seed).state_dict()
+        report = rt.replace_weights(model, state, allow_missing=True)
+        rt.replace_weights(plain, state, allow_missing=True)
+        assert report.bytes_copied == report.nbytes
+        assert_same(model(*package.inputs), plain(*package.inputs))
+        assert model.weights_version == plain.weights_version
+        for value in state.values():
+            value.zero_()
+        assert_same(model(*package.inputs), plain(*package.inputs))
+
+
+class Wide(nn.Module):
+    """32 MB of weights in a program of one multiplication."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4096, 2048))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_replaced_weights_are_released_or_kept_once(tmp_path: Path) -> None:
+    """Anonymous memory in sets of weights: one that serves, and with `standby` one for the next copy."""
+    path = tmp_path / "wide.pt2"
+    rt.save(rt.trace(seeded(Wide, 0), torch.rand(1, 4096)), path)
+    state = seeded(Wide, 1).state_dict()
+    nbytes = state["weight"].nbytes
+    for standby, wanted in ((False, 1), (True, 2)):
+        before = anonymous_nbytes()
+        model = rt.load(path, standby=standby)
+        for _ in range(5):
+            rt.replace_weights(model, state)
+        assert round((anonymous_nbytes() - before) / nbytes) == wanted
+        del model
+
+
+def anonymous_nbytes() -> int:
+    """What the process has in memory that is in no file."""
+    gc.collect()
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * int(next(line.split()[1] for line in rollup.splitlines() if line.startswith("Anonymous:")))
 
 
 def test_a_file_may_go_once_it_serves(digits: Package, digits_b: Path) -> None:

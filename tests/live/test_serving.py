@@ -22,13 +22,13 @@ REFITS = 1000
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("source", ["memory", "file"])
+@pytest.mark.parametrize("source", ["memory", "memory, standby", "file"])
 def test_every_output_beside_a_thousand_refits_is_of_old_or_new_weights(
     source: str, replicas: int, digits: Package, tmp_path: Path
 ) -> None:
-    model = digits.load(replicas=replicas)
+    model = rt.load(digits.path, replicas=replicas, standby="standby" in source)
     weights: list[Any] = [save_state(digits.module(seed), tmp_path / f"{seed}.pt") for seed in (0, 1)]
-    if source == "memory":
+    if source != "file":
         weights = [digits.module(seed).state_dict() for seed in (0, 1)]
     wanted = []
     for one in weights:
@@ -107,9 +107,10 @@ def test_two_threads_that_refit_leave_one_set_of_weights(digits: Package) -> Non
     assert any(torch.equal(output, one) for one in wanted)
 
 
-def test_state_read_beside_refits_is_of_one_set_of_weights(digits: Package) -> None:
-    """A refit fills the memory of the weights before the last; a reader that has those must keep them."""
-    model = digits.load()
+@pytest.mark.parametrize("standby", [False, True])
+def test_state_read_beside_refits_is_of_one_set_of_weights(digits: Package, standby: bool) -> None:  # noqa: FBT001
+    """With `standby` a refit fills the memory of the weights before the last; a reader of those must keep them."""
+    model = rt.load(digits.path, standby=standby)
     states = [digits.module(seed).state_dict() for seed in (0, 1)]
     read: list[dict[str, torch.Tensor]] = []
     with beside(lambda: read.append(model.state_dict())):

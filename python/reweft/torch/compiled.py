@@ -181,6 +181,7 @@ def load(
     single_threaded: bool = False,
     threads: int | None = None,
     device: str | torch.device | None = None,
+    standby: bool = False,
 ) -> CompiledModule:
     """Open a package that `save` wrote, and run it. **Runs native code from the package**: it is a program.
 
@@ -212,6 +213,9 @@ def load(
             leaves it to `torch.set_num_threads`. With several callers, 1 is what scales. Loops that the compiler wrote
             for a fixed number keep it, which is a warning.
         device: What the program must have been compiled for; it is never moved.
+        standby: Keep the memory of copied weights when they are replaced, for the copies of the next replacement. Twice
+            the memory of the weights; a replacement from memory then costs what copying the bytes does, while fresh
+            pages cost several times that. Nothing changes for weights that are used where a file has them.
 
     Raises:
         FormatError: The package, or the file of weights, is damaged.
@@ -247,6 +251,7 @@ def load(
         single_threaded=single_threaded,
         threads=threads,
         device=None if device is None else str(device),
+        standby=standby,
     )
     for notice in core.notices():
         warnings.warn(f"{os.fspath(path)}: {notice}", HostWarning, stacklevel=2)

@@ -26,7 +26,7 @@ pub struct Model(reweft_runtime::Model);
 impl Model {
     /// Opens a package and binds its weights. Runs native code from it.
     #[staticmethod]
-    #[pyo3(signature = (path, *, libtorch, replicas, weights, cast, missing, unused, single_threaded, threads, device))]
+    #[pyo3(signature = (path, *, libtorch, replicas, weights, cast, missing, unused, single_threaded, threads, device, standby))]
     #[expect(
         clippy::too_many_arguments,
         clippy::fn_params_excessive_bools,
@@ -44,6 +44,7 @@ impl Model {
         single_threaded: bool,
         threads: Option<i64>,
         device: Option<&str>,
+        standby: bool,
     ) -> Result<Self> {
         let weights = weights.map(|weights| Arc::clone(&weights.0));
         let refit = Allow { cast, missing, unused }.into();
@@ -52,7 +53,8 @@ impl Model {
         let threads = threads.map(count).transpose()?;
         let libtorch = Some(libtorch);
         let operators = Some(operators::open as OpenOperators);
-        let options = ModelOptions { replicas, libtorch, weights, refit, single_threaded, threads, device, operators };
+        let options =
+            ModelOptions { replicas, libtorch, weights, refit, single_threaded, threads, device, standby, operators };
         py.detach(|| handles::open_model(&path, &options)).map(Self)
     }
 

@@ -23,7 +23,7 @@ use crate::library::Library;
 use crate::process::{Threads, Use, Uses, is_forked};
 use crate::proxy::{OpenOperators, Operators};
 use crate::serving::Serving;
-use crate::slots::{Filled, Held, fill, info, no_weights, packaged};
+use crate::slots::{Filled, Held, Spare, fill, info, no_weights, packaged};
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -46,6 +46,9 @@ pub struct ModelOptions {
     pub threads: Option<NonZero<u16>>,
     /// The kind of device that the program must be for; `None` takes what it is for.
     pub device: Option<Device>,
+    /// Keep the memory of copied weights that were replaced, for the next copy. Twice the memory; a copy then takes as long as
+    /// the bytes do, while new pages cost several times that.
+    pub standby: bool,
     /// Makes the operators that the program leaves to its host; without it, programs with such are refused.
     pub operators: Option<OpenOperators>,
 }
@@ -60,6 +63,7 @@ impl Default for ModelOptions {
             single_threaded: false,
             threads: None,
             device: None,
+            standby: false,
             operators: None,
         }
     }
@@ -125,6 +129,8 @@ pub struct Model {
     ///
     /// Dropping bytes may take the interpreter lock, so nobody who holds that may wait for this.
     live: Mutex<Vec<Held>>,
+    /// Memory for the next copies, if such is kept. Taken while `live` is locked.
+    spare: Option<Mutex<Spare>>,
     load_report: Option<LiveReport>,
 }
 
@@ -192,6 +198,7 @@ impl Model {
             baked_threads,
             uses: Uses::new(),
             live: Mutex::default(),
+            spare: options.standby.then(Mutex::default),
             load_report,
         };
         model.bind(live, &mut model.live())?;
@@ -226,6 +233,7 @@ impl Model {
             baked_threads: self.baked_threads,
             uses: Uses::new(),
             live: Mutex::default(),
+            spare: self.spare.as_ref().map(|_| Mutex::default()),
             load_report: self.load_report.clone(),
         };
         twin.bind(self.copied(), &mut twin.live())?;
@@ -246,7 +254,7 @@ impl Model {
         // Copied before this model is locked: two models that adopt from each other would wait for one another.
         let next = other.copied();
         self.check_filled(&next)?;
-        self.bind(next, &mut self.live())
+        self.bind(next, &mut self.live()).map(drop)
     }
 
     /// The weights in use, with copies of the buffers that the program writes to.
@@ -376,8 +384,14 @@ impl Model {
         let planned = plan_running(&self.artifact, checkpoint, options.allow, running)?;
         planned.check()?;
         let mut next = live.clone();
-        let filled = fill(&self.artifact, checkpoint, &planned, options.lend, &mut next)?;
-        self.bind(next, &mut live)?;
+        let mut spare = self.spare.as_ref().map(|spare| spare.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut none = Spare::default();
+        let room = spare.as_deref_mut().unwrap_or(&mut none);
+        let filled = fill(&self.artifact, checkpoint, &planned, options.lend, room, &mut next)?;
+        let old = self.bind(next, &mut live)?;
+        if let Some(spare) = &mut spare {
+            **spare = Spare::of(old);
+        }
         Ok(report(&planned, checkpoint, filled))
     }
 
@@ -447,10 +461,10 @@ impl Model {
     }
 
     /// Hands a full set of weights to the program and remembers where they are; one that is not full is only remembered.
-    fn bind(&self, next: Vec<Held>, live: &mut Vec<Held>) -> Result<()> {
+    /// Gives the set of before, which no call reads any more.
+    fn bind(&self, next: Vec<Held>, live: &mut Vec<Held>) -> Result<Vec<Held>> {
         if next.is_empty() || self.check_filled(&next).is_err() {
-            *live = next;
-            return Ok(());
+            return Ok(std::mem::replace(live, next));
         }
         let mut bindings = Vec::with_capacity(next.len());
         for (slot, held) in self.artifact.slots().iter().zip(&next) {
@@ -467,8 +481,7 @@ impl Model {
         // A buffer that is kept is bound to both containers, so no call may be in either while they change.
         let _still = self.writes().then(|| self.serving.pause());
         self.serving.replace(bindings)?;
-        *live = next;
-        Ok(())
+        Ok(std::mem::replace(live, next))
     }
 
     /// Begins a use of locks and program.
@@ -655,7 +668,7 @@ fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Hel
     let planned = plan_running(artifact, checkpoint, allow, Running { filled: false, keep_written })?;
     planned.check()?;
     let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
-    let filled = fill(artifact, checkpoint, &planned, lend, &mut live)?;
+    let filled = fill(artifact, checkpoint, &planned, lend, &mut Spare::default(), &mut live)?;
     Ok((live, Some(report(&planned, checkpoint, filled))))
 }
 

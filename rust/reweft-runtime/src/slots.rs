@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use reweft::artifact::{Slot, manifest};
 use reweft::checkpoint::Format;
 use reweft::plan::Plan;
+use reweft::recipe::Recipe;
 use reweft::source::{Source, Window, to_usize};
 use reweft::tensor::contiguous;
 use reweft::{Artifact, Checkpoint, Error, ErrorKind, Result, TensorInfo};
@@ -201,6 +202,29 @@ fn nbytes<'a>(slots: impl IntoIterator<Item = &'a Slot>) -> u64 {
     slots.into_iter().map(|slot| slot.nbytes).sum()
 }
 
+/// Memory of weights that were replaced, for the next ones: pages that are new cost ten times what is copied into them.
+#[derive(Default)]
+pub(crate) struct Spare(Vec<Lines>);
+
+impl Spare {
+    /// Takes what of a replaced set nobody else has.
+    pub fn of(old: Vec<Held>) -> Self {
+        let alone = |held: Held| match held.place {
+            Place::Own(lines) => Arc::try_unwrap(lines).ok(),
+            _ => None,
+        };
+        Self(old.into_iter().filter_map(alone).collect())
+    }
+
+    /// Memory of so many bytes, whatever is in it.
+    fn take(&mut self, nbytes: usize) -> Lines {
+        match self.0.iter().position(|lines| lines.nbytes() == nbytes) {
+            Some(place) => self.0.swap_remove(place),
+            None => Lines::zeroed(nbytes),
+        }
+    }
+}
+
 /// What was put into slots.
 #[derive(Default)]
 pub(crate) struct Filled {
@@ -212,7 +236,7 @@ pub(crate) struct Filled {
 
 /// Puts a checkpoint's bytes into the slots that a plan names: shared where they can serve as they are, else copied.
 ///
-/// `lend` takes memory that somebody may write to as if nobody did.
+/// `lend` takes memory that somebody may write to as if nobody did. Copies go into `spare` memory where its size fits.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`] for a plan of another package; read errors.
@@ -221,9 +245,10 @@ pub(crate) fn fill(
     checkpoint: &Checkpoint,
     plan: &Plan,
     lend: bool,
+    spare: &mut Spare,
     slots: &mut [Held],
 ) -> Result<Filled> {
-    let (mut filled, mut copied) = (Filled::default(), Vec::new());
+    let (mut filled, mut names) = (Filled::default(), Vec::new());
     for refill in &plan.refills {
         let (Some(slot), Some(held)) = (artifact.slots().get(refill.slot), slots.get_mut(refill.slot)) else {
             return Err(Error::new(ErrorKind::Usage, "the plan is of another package").of_key(&refill.name));
@@ -235,15 +260,13 @@ pub(crate) fn fill(
             place.into()
         } else {
             filled.nbytes_copied += slot.nbytes;
-            copied.push(slot.name.as_str());
-            let mut lines = Lines::zeroed(to_usize(slot.nbytes)?);
-            refill.recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
-            Place::Own(Arc::new(lines)).into()
+            names.push(slot.name.as_str());
+            copied(checkpoint, slot, &refill.recipe, spare.take(to_usize(slot.nbytes)?))?.into()
         };
     }
-    if lend && !copied.is_empty() {
+    if lend && !names.is_empty() {
         let why = "of another dtype, layout or alignment than the slot, or not in memory, or written to by the program";
-        filled.notices.push(format!("copied and not shared, because {why}: {}", copied.join(", ")));
+        filled.notices.push(format!("copied and not shared, because {why}: {}", names.join(", ")));
     }
     Ok(filled)
 }
@@ -254,6 +277,13 @@ fn shared(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>, lend: bool) -
     let Some(key) = key.filter(|_| !slot.mutated && (lend || !may_change)) else {
         return Ok(None);
     };
+    let Some((source, start)) = in_memory(checkpoint, key)? else { return Ok(None) };
+    let place = if may_change { Place::Lent(source, start) } else { Place::Shared(source, start) };
+    Ok(place.is_aligned(slot)?.then_some(place))
+}
+
+/// Where a key's bytes are in memory, if they are.
+fn in_memory(checkpoint: &Checkpoint, key: &str) -> Result<Option<(Source, u64)>> {
     let info = checkpoint.get(key)?;
     let in_place = |error: Error| error.of_key(key).in_file(checkpoint.file_of(info));
     let storage = checkpoint.storage_of(info).map_err(in_place)?;
@@ -262,9 +292,23 @@ fn shared(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>, lend: bool) -
     }
     let Some((source, start)) = storage.locate().map_err(in_place)? else { return Ok(None) };
     let (first, _) = info.window(storage.nbytes)?;
-    let (source, start) = (Arc::clone(source), start + first);
-    let place = if may_change { Place::Lent(source, start) } else { Place::Shared(source, start) };
-    Ok(place.is_aligned(slot)?.then_some(place))
+    Ok(Some((Arc::clone(source), start + first)))
+}
+
+/// Makes a slot's bytes in memory of the model's own.
+fn copied(checkpoint: &Checkpoint, slot: &Slot, recipe: &Recipe, mut lines: Lines) -> Result<Place> {
+    let there = recipe.plain_key().map(|key| in_memory(checkpoint, key)).transpose()?.flatten();
+    let bytes = match &there {
+        Some((source, start)) => {
+            let bytes = source.as_slice().map(|bytes| reweft::source::slice(bytes, *start, slot.nbytes));
+            bytes.transpose()?
+        }
+        None => None,
+    };
+    if !bytes.is_some_and(|bytes| lines.fill(bytes)) {
+        recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
+    }
+    Ok(Place::Own(Arc::new(lines)))
 }
 
 /// Says which of two lent tensors of one slot is used, if they are two.

@@ -46,8 +46,8 @@ test-rust: setup ## Rust unit tests, integration tests and doctests
 test-python: build ## pytest
 	$(BIN)/python -m pytest tests
 
-bench: build ## Compare with the peers, in one run
-	$(BIN)/python -m tests.bench
+bench: build ## Compare with the peers, in one run: make bench TOPICS="refitting huge" for some topics only
+	$(BIN)/python -m tests.bench $(TOPICS)
 
 # What `make fuzz` runs, and for how long.
 TARGET ?= pickle

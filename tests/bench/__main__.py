@@ -8,21 +8,44 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from . import calling, compiling, converting, files, huge, opening, processes, refitting, replacing
+from . import (
+    calling,
+    compiling,
+    converting,
+    encoder,
+    files,
+    huge,
+    loading,
+    opening,
+    overhead,
+    processes,
+    refitting,
+    replacing,
+)
 from .machine import Others, facts
 from .rows import table
 from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
 
-MODEL_TOPICS = (compiling, replacing, calling)
-FILE_TOPICS = (opening, converting, refitting, huge)
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MODEL_TOPICS = (compiling, replacing, calling, overhead, encoder)
+FILE_TOPICS = (opening, converting, refitting, loading, huge)
 
 
 def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def chosen(topics: tuple[ModuleType, ...]) -> list[ModuleType]:
+    """Those that were named on the command line; all if none was."""
+    names = sys.argv[1:]
+    return [topic for topic in topics if not names or topic.__name__.rpartition(".")[2] in names]
 
 
 def main() -> int:
@@ -42,10 +65,10 @@ def main() -> int:
         say(f"MLP of {LAYERS} layers {WIDTH} x {WIDTH}, batch {BATCH}, float32, {megabytes:.1f} MB of weights")
         say("torch computes with 1 thread; medians of interleaved runs; page cache warm")
         say("ratio above 1: reweft does better\n")
-        say(table([row for topic in MODEL_TOPICS for row in topic.rows(subject)]))
+        say(table([row for topic in chosen(MODEL_TOPICS) for row in topic.rows(subject)]))
         say("\ncheckpoints: 20,000 tensors of 128 bytes, and 200 of 5.2 MB; page cache warm\n")
         checkpoints = files.prepare(folder)
-        say(table([row for topic in FILE_TOPICS for row in topic.rows(checkpoints)]))
+        say(table([row for topic in chosen(FILE_TOPICS) for row in topic.rows(checkpoints)]))
         if not processes.peers():
             say("\nleft out: rows of other crates, which could not be fetched or built (tests/bench/peers)")
         say(f"\nother programs used {others.cores():.2f} cores meanwhile")

@@ -36,6 +36,7 @@ class Call:
         rows = iter(self.inputs)
         self._leaves = [next(rows) if leaf == "input" else leaf["constant"] for leaf in stated["leaves"]]
         self.outputs = stated["outputs"]
+        self._is_single = self._out_spec.is_leaf() and self.outputs == ["tensor"]
         # Nothing but tensors, one after the other: the structure is the tuple itself.
         self._flat = len(self.inputs) == len(self._leaves) and self._in_spec == _flat_spec(len(self._leaves))
 
@@ -89,6 +90,8 @@ class Call:
 
     def results(self, tensors: Iterator[torch.Tensor | None]) -> Any:
         """What the program gave, in the structure that the module gives."""
+        if self._is_single:
+            return next(tensors)
         leaves: list[Any] = []
         for stated, tensor in zip(self.outputs, tensors, strict=True):
             if stated == "tensor":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def tensors_of(handles: list[Any]) -> list[torch.Tensor | None]:
     return [None if handle is None else next(made) for handle in handles]
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
@@ -76,20 +78,22 @@ def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dic
         >>> checkpoint_of({"a": torch.zeros(2, 3)})["a"].shape
         (2, 3)
     """
-    storages: list[torch.Tensor] = []
+    storages: list[Any] = []
     numbers: dict[int, int] = {}
     rows: list[tuple[str, str, list[int], list[int], int, int]] = []
     for key, value in state_dict.items():
         held = _plain(key, value, name)
         storage = held.untyped_storage()
-        number = numbers.get(storage.data_ptr()) if storage.nbytes() else None
+        address = storage.data_ptr()
+        # An empty storage has no address of its own.
+        number = numbers.get(address) if address else None
         if number is None:
-            number = len(storages)
-            numbers[storage.data_ptr()] = number
-            storages.append(torch.empty(0, dtype=torch.uint8).set_(storage))
-        dtype, offset = dtype_name(held.dtype), int(held.storage_offset())
-        rows.append((key, dtype, list(held.shape), list(held.stride()), number, offset))
-    core = _core.Checkpoint.from_buffers(Path(name), [held.numpy() for held in storages], rows)
+            number = numbers[address] = len(storages)
+            storages.append(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+        rows.append(
+            (key, dtype_name(held.dtype), list(held.shape), list(held.stride()), number, int(held.storage_offset()))
+        )
+    core = _core.Checkpoint.from_buffers(Path(name), storages, rows)
     return Checkpoint(core)
 
 
@@ -115,12 +119,13 @@ def _plain(key: str, value: object, name: str) -> torch.Tensor:
         raise UnsupportedError(f"{name}: {key!r}: a {type(value).__name__}, not a tensor", key=key)
     if type(value) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
         raise UnsupportedError(f"{name}: {key!r}: a tensor subclass, {type(value).__name__}", key=key)
-    held = value.detach()
-    if held.device.type != "cpu":
-        what = f"{name}: {key!r}: a tensor on {held.device}, wanted cpu"
+    if not value.is_cpu:
+        what = f"{name}: {key!r}: a tensor on {value.device}, wanted cpu"
         raise UnsupportedError(what, key=key, hint="move it with .cpu() first")
-    if held.layout != torch.strided or held.is_quantized or held.is_nested:
-        kind = "quantised" if held.is_quantized else "nested" if held.is_nested else str(held.layout)
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantised" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
         raise UnsupportedError(f"{name}: {key!r}: a {kind} tensor, wanted a dense one", key=key)
     # Pending conjugation and negation are bits of the tensor, not of its bytes.
-    return held.resolve_conj().resolve_neg()
+    if value.is_conj() or value.is_neg():
+        return value.detach().resolve_conj().resolve_neg()
+    return value

@@ -56,6 +56,9 @@ class Refittable:
     """Tensors that the program never reads."""
     unrefittable: dict[str, str]
     """Tensors that the program depends on and that cannot be replaced, with the reason."""
+    rule: str = "any"
+    """Which new weights the slots take: "any", "identical" ones alone (traced with `identical_weights`), or "never" any
+    (`immutable_weights`)."""
 
 
 class CompiledModule:
@@ -118,7 +121,8 @@ class CompiledModule:
     def refittable(self) -> Refittable:
         """Which weights can be replaced, and which cannot, by name."""
         slots, unused = self._core.names()
-        return Refittable(tuple(map(tuple, slots)), tuple(unused), dict(self._core.unrefittable()))
+        absent, rule = dict(self._core.unrefittable()), self._core.refit_rule()
+        return Refittable(tuple(map(tuple, slots)), tuple(unused), absent, rule)
 
     @property
     def load_report(self) -> ReplaceReport | None:
@@ -335,7 +339,8 @@ def replace_weights(
         UserWarning: The model has no weights that could be replaced; nothing happens.
 
     Raises:
-        MismatchError: Something differs, is missing or left over. The old weights stay.
+        MismatchError: Something differs, is missing or left over, or the model was traced with `immutable_weights` or
+            `identical_weights`. The old weights stay.
         FormatError: The file is damaged. The old weights stay.
         UnsupportedError: A tensor is of a kind that reweft does not read. The old weights stay.
         UsageError: The arguments make no sense. The old weights stay.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use reweft::artifact::manifest::{Batching, Manifest};
+use reweft::artifact::manifest::{Batching, Manifest, RefitRule};
 use reweft::plan::Allow;
 use reweft::source::Access;
 use reweft::{Artifact, Limits};
@@ -163,6 +163,15 @@ impl Model {
         match self.0.artifact().manifest().map(Manifest::batching) {
             Some(Batching::Chunks) => "chunks",
             _ => "single",
+        }
+    }
+
+    /// Which new weights the package takes: "any", "identical" or "never".
+    fn refit_rule(&self) -> &'static str {
+        match self.0.artifact().manifest().map(Manifest::refit).unwrap_or_default() {
+            RefitRule::Any => "any",
+            RefitRule::Identical => "identical",
+            RefitRule::Never => "never",
         }
     }
 

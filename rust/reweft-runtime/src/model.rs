@@ -366,7 +366,8 @@ impl Model {
         let options = options.into();
         let _use = self.enter()?;
         let mut live = self.live();
-        let running = Running { filled: self.check_filled(&live).is_ok(), keep_written: options.keep_written };
+        let (filled, keep_written) = (self.check_filled(&live).is_ok(), options.keep_written);
+        let running = Running { filled, keep_written, saving: false };
         let planned = plan_running(&self.artifact, checkpoint, options.allow, running)?;
         planned.check()?;
         let mut next = live.clone();
@@ -419,7 +420,8 @@ impl Model {
     /// As [`state`](Self::state), [`write::refit`] and [`write::strip`]; `out` is then as it was.
     pub fn save(&self, out: &Path, inline_weights: bool, batching: Batching) -> Result<RefitReport> {
         let state = self.state()?;
-        let mut planned = reweft::plan::plan(&self.artifact, &state, Allow::default())?;
+        let saving = Running { saving: true, ..Running::default() };
+        let mut planned = plan_running(&self.artifact, &state, Allow::default(), saving)?;
         planned.batching = Some(batching);
         let refit = |out: &Path| write::refit(&planned, &self.artifact, &state, out, &mut |_, _| ());
         if inline_weights {
@@ -613,7 +615,7 @@ fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Hel
         return Ok((packaged(artifact, None).map_err(|error| error.in_file(artifact.path()))?, None));
     };
     let RefitOptions { allow, lend, keep_written } = options.refit;
-    let planned = plan_running(artifact, checkpoint, allow, Running { filled: false, keep_written })?;
+    let planned = plan_running(artifact, checkpoint, allow, Running { keep_written, ..Running::default() })?;
     planned.check()?;
     let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
     let filled = fill(artifact, checkpoint, &planned, lend, &mut live)?;

@@ -132,14 +132,16 @@ class CompiledModule:
 
     @property
     def weights_version(self) -> str:
-        """A hash of the weights in use: of names, dtypes, shapes and elements.
+        """A hash of the weights in use: of names, dtypes, shapes, strides and elements.
 
-        Equal for equal weights, whatever they came from, also after others served in between. Buffers that the program
-        writes to are left out. The first look after a replacement reads the weights that it brought, further ones read
-        nothing; tensors that were shared with `copy=False` are read each time. A replacement never computes it.
+        Equal for equal weights, whatever they came from, also after others served in between; `reweft inspect` prints
+        that of a package. Buffers that the program writes to are left out. The first look after a replacement reads the
+        weights that it brought, further ones read nothing; tensors that were shared with `copy=False` are read each
+        time. A replacement never computes it.
 
         Raises:
             RunError: The package was stripped of its weights and has not been given any.
+            FormatError: Weights of the package are not those that its manifest states; the message names the slot.
         """
         return self._core.weights_version()
 

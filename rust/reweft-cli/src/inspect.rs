@@ -160,6 +160,8 @@ struct ArtifactView<'a> {
     /// Names of the models in a package.
     models: Vec<&'a str>,
     has_manifest: bool,
+    /// That of a model that runs on the weights, as the manifest states it.
+    weights_version: Option<String>,
     /// Which new weights the package takes, if it says so.
     refit: Option<RefitRule>,
     /// Why no weights can be replaced, if so.
@@ -222,6 +224,7 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         file: artifact.path().display().to_string(),
         models: models.iter().map(|model| model.model.as_str()).collect(),
         has_manifest: artifact.manifest().is_some(),
+        weights_version: artifact.weights_version(),
         refit: artifact.manifest().map(Manifest::refit),
         absent: artifact.absent().map(|absent| absent.why.as_str()),
         stripped: artifact.is_stripped(),
@@ -250,6 +253,9 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
     }
     if let Some(why) = view.absent {
         writeln!(out, "cannot be refitted: {why}")?;
+    }
+    if let Some(version) = &view.weights_version {
+        writeln!(out, "weights version: {version}")?;
     }
     match view.refit {
         Some(RefitRule::Never) => writeln!(out, "cannot be refitted: traced with immutable_weights")?,

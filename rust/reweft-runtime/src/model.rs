@@ -399,8 +399,11 @@ impl Model {
     /// The first call after a refit reads the replaced weights, on a few threads; further ones read nothing, but for memory
     /// that was lent, which is read each time. A refit never computes it.
     ///
+    /// Until the first refit it is [`Artifact::weights_version`], which holds the manifest against the weights.
+    ///
     /// # Errors
-    /// [`ErrorKind::Run`] for a stripped package that was not filled yet.
+    /// [`ErrorKind::Run`] for a stripped package that was not filled yet; [`ErrorKind::Format`] for weights of the package
+    /// that are not those that its manifest states.
     pub fn weights_version(&self) -> Result<String> {
         let _use = self.enter()?;
         let live = self.live().clone();
@@ -409,7 +412,8 @@ impl Model {
         let hash = |number: usize, _: &Progressed<'_>| {
             if slots[number].mutated { Ok(String::new()) } else { live[number].hash(&slots[number]) }
         };
-        let hashes = parallel::run(live.len(), 0, &hash, &mut |_, _| ())?;
+        let hashes = parallel::run(live.len(), 0, &hash, &mut |_, _| ());
+        let hashes = hashes.map_err(|error| error.in_file(self.artifact.path()))?;
         Ok(weights_version(slots.iter().zip(hashes.iter().map(String::as_str))))
     }
 

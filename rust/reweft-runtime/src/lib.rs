@@ -64,5 +64,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use host::host;
 pub use library::Library;
 pub use model::{LiveReport, Model, ModelOptions, RefitOptions};
+pub use permits::Interrupted;
 pub use tensor::{Tensor, contiguous_strides};
 pub use torch::{RawTensor, Torch};

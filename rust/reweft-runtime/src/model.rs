@@ -20,6 +20,7 @@ use crate::cache::open_library;
 use crate::device::Device;
 use crate::host;
 use crate::library::Library;
+use crate::permits::Interrupted;
 use crate::process::{Threads, Use, Uses, is_forked};
 use crate::serving::Serving;
 use crate::slots::{Filled, Held, fill, info, no_weights, packaged};
@@ -288,12 +289,20 @@ impl Model {
     /// [`ErrorKind::Mismatch`] for an input of another dtype, shape, stride or device than the program was compiled for,
     /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs; [`ErrorKind::Run`] if it fails.
     pub fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
+        self.run_unless(inputs, &|| false)
+    }
+
+    /// [`run`](Self::run), which can be given up while it waits for other calls; once it runs, it runs to its end.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); [`ErrorKind::Run`] if it is given up.
+    pub fn run_unless(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
         self.check_inputs(&inputs)?;
         let _use = self.enter()?;
         let _threads = self.set_threads()?;
         // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
         // to buffers has one replica, so that its calls follow one another.
-        unsafe { self.serving.run(inputs) }.map_err(|error| self.explained(error))
+        unsafe { self.serving.run(inputs, interrupted) }.map_err(|error| self.explained(error))
     }
 
     /// Runs the program once for each chunk, all on one set of weights however often they are replaced meanwhile. Chunks run
@@ -302,13 +311,25 @@ impl Model {
     /// # Errors
     /// As [`run`](Self::run), of the first chunk that fails; none has run if an input does not fit.
     pub fn run_chunks(&self, chunks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Option<Tensor>>>> {
+        self.run_chunks_unless(chunks, &|| false)
+    }
+
+    /// [`run_chunks`](Self::run_chunks), which can be given up while it waits for other calls.
+    ///
+    /// # Errors
+    /// As [`run_chunks`](Self::run_chunks); [`ErrorKind::Run`] if it is given up.
+    pub fn run_chunks_unless(
+        &self,
+        chunks: Vec<Vec<Tensor>>,
+        interrupted: Interrupted<'_>,
+    ) -> Result<Vec<Vec<Option<Tensor>>>> {
         chunks.iter().try_for_each(|inputs| self.check_inputs(inputs))?;
         let _use = self.enter()?;
         let _threads = self.set_threads()?;
         // Where this thread could set the number, others can.
         let prepare = || self.set_threads().ok().flatten();
         // SAFETY: as in `run`, for the inputs of every chunk.
-        unsafe { self.serving.run_chunks(chunks, &prepare) }.map_err(|error| self.explained(error))
+        unsafe { self.serving.run_chunks(chunks, &prepare, interrupted) }.map_err(|error| self.explained(error))
     }
 
     fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::container::{Container, Pass};
 use crate::device::Device;
 use crate::error::Result;
 use crate::library::Library;
-use crate::permits::{Permit, Permits};
+use crate::permits::{Interrupted, Permit, Permits};
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -74,12 +74,12 @@ impl Serving {
     /// Runs the program, when one of `replicas` calls is free, on the weights that are newest then.
     ///
     /// # Errors
-    /// As [`Container::run`].
+    /// As [`Container::run`], and [`Permits::acquire`].
     ///
     /// # Safety
     /// As [`Container::run`].
-    pub unsafe fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
-        let _permit = self.permits.acquire();
+    pub unsafe fn run(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
+        let _permit = self.permits.acquire(interrupted)?;
         // SAFETY: passed on to the caller.
         unsafe { self.enter().run(inputs) }
     }
@@ -88,7 +88,7 @@ impl Serving {
     /// that helps calls `prepare` first, and drops what it gives at the end.
     ///
     /// # Errors
-    /// As [`Container::run`], of the first chunk that failed; chunks that have not begun by then are not run.
+    /// As [`run`](Self::run), of the first chunk that failed; chunks that have not begun by then are not run.
     ///
     /// # Safety
     /// As [`Container::run`], for every chunk.
@@ -96,8 +96,9 @@ impl Serving {
         &self,
         chunks: Vec<Vec<Tensor>>,
         prepare: &(dyn Fn() -> T + Sync),
+        interrupted: Interrupted<'_>,
     ) -> Result<Vec<Vec<Option<Tensor>>>> {
-        let _permit = self.permits.acquire();
+        let _permit = self.permits.acquire(interrupted)?;
         let helpers: Vec<Permit<'_>> = (1..chunks.len()).map_while(|_| self.permits.try_acquire()).collect();
         let pass = self.enter();
         let outputs: Mutex<Vec<Option<Vec<Option<Tensor>>>>> = Mutex::new(chunks.iter().map(|_| None).collect());

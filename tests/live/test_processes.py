@@ -228,6 +228,31 @@ sys.stdout.flush()
 os._exit(0)
 """
 
+# Lent memory whose end is somebody's code, which uses the model: inside the refit that lets go of it.
+FINALIZER = """
+import sys, weakref, numpy, torch, reweft, reweft.torch as rt
+model, said = rt.load(sys.argv[1]), []
+state = model.state_dict()
+
+def gone():
+    x = torch.ones(2, 1, 8, 8)
+    for use in (lambda: rt.replace_weights(model, state), lambda: model.weights_version, lambda: model(x)):
+        try:
+            use()
+        except reweft.UsageError as error:
+            said.append("inside" in str(error))
+
+bias = numpy.ones(4, dtype="float32")
+weakref.finalize(bias, gone)
+rt.replace_weights(model, {**state, "fc.bias": torch.from_numpy(bias)}, copy=False)
+del bias
+assert not said
+rt.replace_weights(model, state)
+print(said)
+print(rt.load(sys.argv[1]).weights_version == model.weights_version)
+"""
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packages") / "slow.pt2"
@@ -251,6 +276,12 @@ def test_a_call_that_waits_for_a_replica_can_be_left(slow: Path) -> None:
     done = child(QUEUED, slow, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["left True True", "left True True"]
+
+
+def test_a_model_that_is_used_from_inside_its_own_refit_says_so(digits: Package) -> None:
+    done = child(FINALIZER, digits.path, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[True, True, True]", "True"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

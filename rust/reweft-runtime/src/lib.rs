@@ -49,6 +49,7 @@ mod memory;
 mod model;
 mod permits;
 mod process;
+mod reentry;
 mod serving;
 mod slots;
 mod symbols;

@@ -239,7 +239,11 @@ impl Model {
             return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
         }
         // Copied before this model is locked: two models that adopt from each other would wait for one another.
-        let next = other.copied();
+        let next = {
+            let _use = other.enter()?;
+            other.copied()
+        };
+        let _here = self.serving.note();
         self.check_filled(&next)?;
         self.bind(next, &mut self.live())
     }
@@ -287,7 +291,8 @@ impl Model {
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] for an input of another dtype, shape, stride or device than the program was compiled for,
-    /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs; [`ErrorKind::Run`] if it fails.
+    /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs, and from inside a call of this model,
+    /// as everything that uses it; [`ErrorKind::Run`] if it fails.
     pub fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
         self.run_unless(inputs, &|| false)
     }
@@ -386,6 +391,8 @@ impl Model {
     pub fn refit(&self, checkpoint: &Checkpoint, options: impl Into<RefitOptions>) -> Result<LiveReport> {
         let options = options.into();
         let _use = self.enter()?;
+        // What lets go of lent memory may be somebody else's code.
+        let _here = self.serving.note();
         let mut live = self.live();
         let (filled, keep_written) = (self.check_filled(&live).is_ok(), options.keep_written);
         let running = Running { filled, keep_written, saving: false };
@@ -493,7 +500,15 @@ impl Model {
     }
 
     /// Begins a use of locks and program.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] from inside a call or a refit of this model: it would wait for that, or for a refit that does.
     fn enter(&self) -> Result<Use<'_>> {
+        if self.serving.is_here() {
+            let what = "the model is used from inside a call or a refit of its own, for which it would wait for ever";
+            let error = Error::new(ErrorKind::Usage, what).in_file(self.artifact.path());
+            return Err(error.with_hint("use it when that has returned, or use another model"));
+        }
         self.uses.begin().map_err(|error| error.in_file(self.artifact.path()))
     }
 

@@ -13,6 +13,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::library::Library;
 use crate::permits::{Interrupted, Permit, Permits};
+use crate::reentry::{self, Here};
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -80,6 +81,7 @@ impl Serving {
     /// As [`Container::run`].
     pub unsafe fn run(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
         let _permit = self.permits.acquire(interrupted)?;
+        let _here = self.note();
         // SAFETY: passed on to the caller.
         unsafe { self.enter().run(inputs) }
     }
@@ -99,6 +101,7 @@ impl Serving {
         interrupted: Interrupted<'_>,
     ) -> Result<Vec<Vec<Option<Tensor>>>> {
         let _permit = self.permits.acquire(interrupted)?;
+        let _here = self.note();
         let helpers: Vec<Permit<'_>> = (1..chunks.len()).map_while(|_| self.permits.try_acquire()).collect();
         let pass = self.enter();
         let outputs: Mutex<Vec<Option<Vec<Option<Tensor>>>>> = Mutex::new(chunks.iter().map(|_| None).collect());
@@ -119,6 +122,7 @@ impl Serving {
                 let work = &work;
                 scope.spawn(move || {
                     let _permit = helper;
+                    let _here = self.note();
                     let _prepared = prepare();
                     work();
                 });
@@ -129,6 +133,16 @@ impl Serving {
             Some(error) => Err(error),
             None => Ok(outputs.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()),
         }
+    }
+
+    /// Notes that a call, or a refit, is on this thread.
+    pub fn note(&self) -> Here {
+        Here::enter(self)
+    }
+
+    /// Whether a call or a refit is on this thread, for which whatever waits for it would wait for ever.
+    pub fn is_here(&self) -> bool {
+        reentry::is_here(self)
     }
 
     /// Waits until one call less runs, before all calls that wait. With one replica none runs then.

@@ -74,6 +74,9 @@ pub struct Plan {
     /// What the manifest is to say of batch sizes, if something else than before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batching: Option<Batching>,
+    /// The weights that the artifact was compiled with, if it was held against them; no refit may replace their file.
+    #[serde(skip)]
+    pub(crate) original: Option<Checkpoint>,
 }
 
 /// Plans the refit of `artifact` from `checkpoint`.
@@ -111,6 +114,7 @@ pub fn plan_running(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow, 
         kept,
         findings: planner.findings,
         batching: None,
+        original: None,
     })
 }
 
@@ -157,6 +161,7 @@ impl Plan {
     /// # Errors
     /// Read errors of both.
     pub fn check_original(&mut self, artifact: &Artifact, original: &Checkpoint) -> Result<()> {
+        self.original = Some(original.clone());
         for slot in artifact.slots().iter().filter(|slot| slot.obstacle().is_none() && slot.region.is_some()) {
             let Some(key) = slot.names().find(|name| original.contains(name)) else { continue };
             let info = original.get(key)?;

@@ -6,7 +6,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export CARGO_TERM_COLOR ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench format lint test-rust test-python fuzz bless clean
+.PHONY: help setup build demo test bench format lint test-rust test-python soak fuzz bless clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,9 +49,13 @@ test-python: build ## pytest
 bench: build ## Compare with the peers, in one run: make bench TOPICS="refitting huge" for some topics only
 	$(BIN)/python -m tests.bench $(TOPICS)
 
-# What `make fuzz` runs, and for how long.
+# What `make fuzz` runs, and how long that and `make soak` run.
 TARGET ?= pickle
 SECONDS ?= 60
+
+soak: build ## Call and refit beside each other for a while, and show figures: make soak SECONDS=600
+	REWEFT_SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -s tests/live/test_soak.py
+
 fuzz: ## Fuzz one target for a while: make fuzz TARGET=zip SECONDS=600
 	@command -v cargo-fuzz >/dev/null || { echo "make fuzz needs cargo-fuzz: cargo install cargo-fuzz --locked" >&2; exit 1; }
 	cd rust/reweft-fuzz && mkdir -p fuzz/corpus/$(TARGET) && RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none $(TARGET) \

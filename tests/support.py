@@ -25,7 +25,7 @@ import reweft.torch as rt
 from models import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import pytest
 
@@ -172,11 +172,18 @@ def with_manifest(package: Path, out: Path, edit: Callable[[dict[str, Any]], obj
 
 
 def child(
-    code: str, *args: object, env: Mapping[str, str] | None = None, timeout: float = 60
+    code: str,
+    *args: object,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 60,
+    before: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, which finds the tests' modules; `args` are its `sys.argv[1:]`."""
+    """Run Python code in a process of its own, which finds the tests' modules; `args` are its `sys.argv[1:]`.
+
+    A command line `before` it may set something up.
+    """
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    line = [sys.executable, "-W", "error::UserWarning:reweft", "-c", code, *map(str, args)]
+    line = [*before, sys.executable, "-W", "error::UserWarning:reweft", "-c", code, *map(str, args)]
     settings = {**os.environ, "PYTHONPATH": path, **(env or {})}
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=timeout, env=settings)
 

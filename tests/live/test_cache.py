@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import reweft.torch as rt
 from support import assert_same, child
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from support import Package
@@ -43,10 +45,11 @@ class Loader:
         self.inputs = folder / "inputs.pt"
         torch.save(package.inputs, self.inputs)
 
-    def __call__(self, **env: str) -> list[str]:
+    def __call__(self, before: Sequence[str] = (), **env: str) -> list[str]:
         """Gives the cached libraries that the process ran."""
         out = self.folder / "output.pt"
-        done = child(LOAD, self.package.path, self.inputs, out, env={"REWEFT_CACHE_DIR": str(self.cache), **env})
+        env = {"REWEFT_CACHE_DIR": str(self.cache), **env}
+        done = child(LOAD, self.package.path, self.inputs, out, env=env, before=before)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert torch.allclose(torch.load(out), self.package.eager(0), atol=1e-5)
@@ -124,6 +127,38 @@ def test_without_a_safe_folder_a_temporary_file_serves(how: str, load: Loader) -
     before = sorted(load.folder.rglob("*.so"))
     assert load(**env) == []
     assert sorted(load.folder.rglob("*.so")) == before
+
+
+# Mounts a file system whose files the loader does not map, and keeps it from all other processes.
+NOEXEC = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o noexec,mode=700 tmpfs "$0" && exec "$@"')
+
+
+@pytest.fixture
+def noexec(tmp_path: Path) -> tuple[str, ...]:
+    """A command line under which `tmp_path / "noexec"` is such a file system."""
+    folder = tmp_path / "noexec"
+    folder.mkdir(mode=0o700)
+    line = (*NOEXEC, str(folder))
+    if shutil.which("unshare") is None or subprocess.run([*line, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("only who may mount can mount a file system without execution")
+    return line
+
+
+def test_for_a_folder_without_execution_a_temporary_file_serves(load: Loader, noexec: tuple[str, ...]) -> None:
+    folder = str(load.folder / "noexec")
+    assert load(noexec, REWEFT_CACHE_DIR=folder) == []
+    # Anywhere else the cache is used under the same command line.
+    assert len(load(noexec)) == 1
+
+
+def test_without_any_folder_with_execution_the_error_says_so(load: Loader, noexec: tuple[str, ...]) -> None:
+    folder = str(load.folder / "noexec")
+    code = "import sys, reweft.torch as rt; rt.load(sys.argv[1])"
+    done = child(code, load.package.path, env={"REWEFT_CACHE_DIR": folder, "TMPDIR": folder}, before=noexec)
+    assert done.returncode == 1
+    assert "RunError" in done.stderr
+    assert "hint: " in done.stderr
+    assert "REWEFT_CACHE_DIR" in done.stderr
 
 
 def test_a_size_that_is_no_size_is_an_error(digits: Package, tmp_path: Path) -> None:

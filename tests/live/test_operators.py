@@ -274,6 +274,17 @@ def test_interrupt_in_an_operator_is_not_an_error_of_the_model(picky: Path, monk
     assert torch.equal(model(torch.ones(2, 4)), torch.full((2, 4), 2.0))
 
 
+def test_operator_that_refits_or_calls_its_own_model_is_refused(picky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, module = rt.load(picky), seeded(Picky, 0)
+    for job in (lambda: rt.replace_weights(model, module), lambda: model(torch.ones(2, 4))):
+        with monkeypatch.context() as patched:
+            patched.setattr("reweft.torch.operators._Node.run", lambda *_, job=job: job())
+            with pytest.raises(reweft.RunError) as error:
+                model(torch.ones(2, 4))
+        assert isinstance(error.value.__cause__, reweft.UsageError)
+    assert torch.equal(model(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+
+
 def test_autocast_and_gradients_of_the_caller_change_nothing(of_torch: Path) -> None:
     model, x = rt.load(of_torch), torch.rand(8, 8)
     wanted = model(x)

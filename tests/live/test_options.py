@@ -12,10 +12,13 @@ from torch import nn
 import models
 import reweft
 import reweft.torch as rt
-from support import assert_same
+from reweft import _core
+from support import assert_hints, assert_same, assert_says, save_state, with_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from support import Package
 
 
 def small() -> tuple[nn.Module, torch.Tensor]:
@@ -74,6 +77,98 @@ def test_package_without_weights(tmp_path: Path) -> None:
     with pytest.raises(reweft.RunError):
         unfilled(x)
     assert_same(rt.load(tmp_path / "x.pt2", weights=module)(x), model(x))
+
+
+class TestRefitRules:
+    """`immutable_weights` and `identical_weights`."""
+
+    @staticmethod
+    def traced(option: str, path: Path) -> tuple[nn.Module, torch.Tensor, Path]:
+        module, x = small()
+        rt.save(rt.trace(module, x, options={option: True}), path)
+        return module, x, path
+
+    @staticmethod
+    def refused(package: Path, module: nn.Module, kind: str, *parts: str) -> None:
+        """Every way to other weights is an error that says the same, and changes nothing."""
+        weights, before = save_state(module, package.with_name("new.pt")), package.read_bytes()
+        model, x = rt.load(package), torch.ones(2, 16)
+        output = model(x)
+        assert [finding.kind for finding in reweft.plan(package, weights).findings] == [kind]
+        for refit in (
+            lambda: reweft.refit(package, weights, out=package.with_name("out.pt2")),
+            lambda: reweft.refit(package, weights, in_place=True),
+            lambda: rt.replace_weights(model, module, strict=False, allow_cast=True),
+            lambda: rt.replace_weights(model, weights),
+            lambda: rt.refit_module_weights(model, module),
+            lambda: rt.load(package, weights=weights),
+        ):
+            with pytest.raises(reweft.MismatchError) as error:
+                refit()
+            assert_says(error, *parts)
+            assert_hints(error)
+        assert package.read_bytes() == before
+        assert not package.with_name("out.pt2").exists()
+        assert_same(model(x), output)
+
+    def test_immutable_weights_are_never_replaced(self, tmp_path: Path) -> None:
+        module, x, package = self.traced("immutable_weights", tmp_path / "x.pt2")
+        model = rt.load(package)
+        assert model.refittable().rule == "never"
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), module(x))
+        # Not even by what they are.
+        for other in (module, models.seeded(models.Small, 1)):
+            self.refused(package, other, "immutable", "fc.weight", "immutable_weights", "keys for 2 slots", "none")
+        # Saved and filled again it is the same package.
+        rt.save(model, tmp_path / "program.pt2", inline_weights=False)
+        filled = rt.load(tmp_path / "program.pt2", weights=module)
+        assert_same(filled(x), model(x))
+        with pytest.raises(reweft.MismatchError, match="immutable_weights"):
+            rt.replace_weights(filled, module)
+        with pytest.raises(reweft.MismatchError, match="identical_weights"):
+            rt.load(tmp_path / "program.pt2", weights=models.seeded(models.Small, 1))
+
+    def test_identical_weights_are_the_only_ones(self, tmp_path: Path) -> None:
+        module, x, package = self.traced("identical_weights", tmp_path / "x.pt2")
+        model = rt.load(package)
+        assert model.refittable().rule == "identical"
+        output = model(x)
+        assert rt.replace_weights(model, module).slots == 2
+        reweft.refit(package, save_state(module, tmp_path / "same.pt"), out=tmp_path / "same.pt2")
+        assert (tmp_path / "same.pt2").read_bytes() == package.read_bytes()
+        assert_same(rt.refit_module_weights(model, module, (x,), verify_output=True)(x), output)
+        other = models.seeded(models.Small, 0)
+        with torch.no_grad():
+            other.fc.bias[3] += 1
+        self.refused(package, other, "identical", "fc.bias", "identical_weights", "found blake3:", "wanted blake3:")
+
+    def test_inspect_shows_it(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        _module, _x, package = self.traced("identical_weights", tmp_path / "x.pt2")
+        assert _core.main(["reweft", "inspect", str(package)]) == 0
+        assert "takes no other weights: traced with identical_weights\n" in capfd.readouterr().out
+        assert _core.main(["reweft", "inspect", "--json", str(package)]) == 0
+        assert json.loads(capfd.readouterr().out)["refit"] == "identical"
+        stated = with_manifest(package, tmp_path / "never.pt2", lambda manifest: manifest.update(refit="never"))
+        assert _core.main(["reweft", "inspect", str(stated)]) == 0
+        assert "cannot be refitted: traced with immutable_weights\n" in capfd.readouterr().out
+
+    def test_a_package_that_does_not_say_takes_any(self, digits: Package, tmp_path: Path) -> None:
+        silent = with_manifest(digits.path, tmp_path / "x.pt2", lambda manifest: manifest.pop("refit"))
+        model = rt.load(silent)
+        assert model.refittable().rule == "any"
+        assert rt.replace_weights(model, digits.module(1)).slots
+        unknown = with_manifest(digits.path, tmp_path / "y.pt2", lambda manifest: manifest.update(refit="sometimes"))
+        with pytest.raises(reweft.FormatError, match="sometimes"):
+            rt.load(unknown)
+
+    @pytest.mark.parametrize(
+        "options", [{"immutable_weights": 1}, {"immutable_weights": True, "identical_weights": True}]
+    )
+    def test_options_that_make_no_sense(self, options: dict[str, object]) -> None:
+        module, x = small()
+        with pytest.raises(reweft.UsageError, match="immutable_weights"):
+            rt.trace(module, x, options=options)
 
 
 def test_strict_refuses_what_cannot_be_replaced() -> None:

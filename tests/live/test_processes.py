@@ -197,6 +197,62 @@ print(torch.equal(model(x), wanted))
 """
 
 
+# A call that waits behind another one of thirty seconds is left by Ctrl-C at once, and by whatever a handler raises.
+QUEUED = """
+import os, signal, sys, threading, time, torch, reweft.torch as rt
+model, x = rt.load(sys.argv[1]), torch.ones(1024, 1024)
+model(x)
+busy = threading.Thread(target=lambda: model._run_chunks([[x]] * 1000), daemon=True)
+busy.start()
+time.sleep(0.3)  # it holds the only replica until all chunks are done
+
+def handled(number, frame):
+    handled.count += 1
+    if handled.count == 2:
+        raise ValueError("from the handler")
+handled.count = 0
+signal.signal(signal.SIGUSR1, handled)
+for signals, wanted in [((signal.SIGINT,), KeyboardInterrupt), ((signal.SIGUSR1, signal.SIGUSR1), ValueError)]:
+    def send():
+        for number in signals:
+            time.sleep(0.3)
+            os.kill(os.getpid(), number)
+    threading.Thread(target=send).start()
+    started = time.monotonic()
+    try:
+        model(x)
+        print("ran")
+    except wanted:
+        print("left", time.monotonic() - started < 10, busy.is_alive())
+sys.stdout.flush()
+os._exit(0)
+"""
+
+# Lent memory whose end is somebody's code, which uses the model: inside the refit that lets go of it.
+FINALIZER = """
+import sys, weakref, numpy, torch, reweft, reweft.torch as rt
+model, said = rt.load(sys.argv[1]), []
+state = model.state_dict()
+
+def gone():
+    x = torch.ones(2, 1, 8, 8)
+    for use in (lambda: rt.replace_weights(model, state), lambda: model.weights_version, lambda: model(x)):
+        try:
+            use()
+        except reweft.UsageError as error:
+            said.append("inside" in str(error))
+
+bias = numpy.ones(4, dtype="float32")
+weakref.finalize(bias, gone)
+rt.replace_weights(model, {**state, "fc.bias": torch.from_numpy(bias)}, copy=False)
+del bias
+assert not said
+rt.replace_weights(model, state)
+print(said)
+print(rt.load(sys.argv[1]).weights_version == model.weights_version)
+"""
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packages") / "slow.pt2"
@@ -214,6 +270,18 @@ def test_an_interrupt_is_delivered_when_the_call_returns(slow: Path) -> None:
     done = child(INTERRUPT, slow, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["interrupted True", "True"]
+
+
+def test_a_call_that_waits_for_a_replica_can_be_left(slow: Path) -> None:
+    done = child(QUEUED, slow, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["left True True", "left True True"]
+
+
+def test_a_model_that_is_used_from_inside_its_own_refit_says_so(digits: Package) -> None:
+    done = child(FINALIZER, digits.path, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[True, True, True]", "True"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

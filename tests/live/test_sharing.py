@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
+import struct
 import threading
+import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +16,8 @@ import torch
 import models
 import reweft
 import reweft.torch as rt
-from support import assert_hints, assert_same, beside, differs, save_state
+from reweft import _core
+from support import assert_hints, assert_same, assert_says, beside, differs, record_at, save_state, with_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +28,23 @@ if TYPE_CHECKING:
 
 def read_by_program(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in module.state_dict().items() if "num_batches" not in key}
+
+
+def patch_slot(package: Path, out: Path) -> str:
+    """Change a slot as somebody would who knows the archive and not the manifest: with right CRCs. Gives its name."""
+    data = bytearray(package.read_bytes())
+    with zipfile.ZipFile(package) as archive:
+        manifest = json.loads(archive.read(next(name for name in archive.namelist() if "reweft_manifest" in name)))
+        record = archive.getinfo(manifest["weights"])
+    start, nbytes = record_at(package, record.filename)
+    slot = manifest["slots"][0]
+    data[start + slot["byte_offset"]] ^= 0x10
+    after = zlib.crc32(data[start : start + nbytes])
+    # Stated in the directory, and behind the record or before it.
+    head, tail = data[:start], data[start + nbytes :]
+    old, new = struct.pack("<I", record.CRC), struct.pack("<I", after)
+    out.write_bytes(head.replace(old, new) + data[start : start + nbytes] + tail.replace(old, new))
+    return str(slot["name"])
 
 
 class TestSharedWithATrainer:
@@ -307,6 +329,38 @@ class TestVersion:
         state["conv2.weight"] = state["conv2.weight"].to(memory_format=torch.channels_last)
         rt.replace_weights(model, state)
         assert model.weights_version == wanted
+
+    def test_inspect_prints_it(self, package: Package, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        refitted = tmp_path / "b.pt2"
+        reweft.refit(package.path, save_state(package.module(1), tmp_path / "b.pt"), out=refitted)
+        versions = set()
+        for path in (package.path, refitted):
+            version = rt.load(path).weights_version
+            assert _core.main(["reweft", "inspect", str(path)]) == 0
+            assert f"\nweights version: {version}\n" in capfd.readouterr().out
+            assert _core.main(["reweft", "inspect", "--json", str(path)]) == 0
+            assert json.loads(capfd.readouterr().out)["weights_version"] == version
+            versions.add(version)
+        assert len(versions) == 2
+
+    @pytest.mark.parametrize("name", ["digits", "mixed"])
+    @pytest.mark.parametrize("how", ["mapped", "copied"])
+    def test_weights_that_are_not_those_of_the_manifest(
+        self, name: str, how: str, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        package: Package = request.getfixturevalue(name)
+        patched, slot = tmp_path / "x.pt2", patch_slot(package.path, tmp_path / "x.pt2")
+        if how == "copied":
+            # Records that begin anywhere are not aligned, so their weights are copied when they are loaded.
+            patched = with_manifest(patched, tmp_path / "y.pt2", lambda _manifest: None)
+        model = rt.load(patched)
+        with pytest.raises(reweft.FormatError) as error:
+            _ = model.weights_version
+        assert_says(error, patched, slot, "manifest")
+        assert_hints(error)
+        assert error.value.key == slot
+        rt.replace_weights(model, package.module(0))
+        assert model.weights_version == package.load().weights_version
 
     def test_state_is_not_part_of_it(self, counter: Package) -> None:
         model = counter.load()

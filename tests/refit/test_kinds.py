@@ -198,6 +198,16 @@ class TestFrozen:
             reweft.refit(package, new, out=tmp_path / "b.pt2", original=tmp_path / "other.pt")
         assert_says(error, package, "original")
 
+    def test_the_original_weights_are_not_replaced(self, compiled: Callable[..., Path], tmp_path: Path) -> None:
+        package, old = compiled(models.Small, "in the library"), state(models.Small, 0, tmp_path)
+        before, other = old.read_bytes(), tmp_path / "other name.pt"
+        other.hardlink_to(old)
+        for out in (old, other):
+            with pytest.raises(reweft.UsageError) as error:
+                reweft.refit(package, state(models.Small, 1, tmp_path), out=out, original=old)
+            assert_says(error, out, "original")
+            assert old.read_bytes() == before
+
 
 def test_package_without_weights_is_refused(compiled: Callable[..., Path], tmp_path: Path) -> None:
     package = compiled(models.Small, "nowhere")

@@ -56,6 +56,9 @@ class Refittable:
     """Tensors that the program never reads."""
     unrefittable: dict[str, str]
     """Tensors that the program depends on and that cannot be replaced, with the reason."""
+    rule: str = "any"
+    """Which new weights the slots take: "any", "identical" ones alone (traced with `identical_weights`), or "never" any
+    (`immutable_weights`)."""
 
 
 class CompiledModule:
@@ -118,7 +121,8 @@ class CompiledModule:
     def refittable(self) -> Refittable:
         """Which weights can be replaced, and which cannot, by name."""
         slots, unused = self._core.names()
-        return Refittable(tuple(map(tuple, slots)), tuple(unused), dict(self._core.unrefittable()))
+        absent, rule = dict(self._core.unrefittable()), self._core.refit_rule()
+        return Refittable(tuple(map(tuple, slots)), tuple(unused), absent, rule)
 
     @property
     def load_report(self) -> ReplaceReport | None:
@@ -128,14 +132,16 @@ class CompiledModule:
 
     @property
     def weights_version(self) -> str:
-        """A hash of the weights in use: of names, dtypes, shapes and elements.
+        """A hash of the weights in use: of names, dtypes, shapes, strides and elements.
 
-        Equal for equal weights, whatever they came from, also after others served in between. Buffers that the program
-        writes to are left out. The first look after a replacement reads the weights that it brought, further ones read
-        nothing; tensors that were shared with `copy=False` are read each time. A replacement never computes it.
+        Equal for equal weights, whatever they came from, also after others served in between; `reweft inspect` prints
+        that of a package. Buffers that the program writes to are left out. The first look after a replacement reads the
+        weights that it brought, further ones read nothing; tensors that were shared with `copy=False` are read each
+        time. A replacement never computes it.
 
         Raises:
             RunError: The package was stripped of its weights and has not been given any.
+            FormatError: Weights of the package are not those that its manifest states; the message names the slot.
         """
         return self._core.weights_version()
 
@@ -328,7 +334,8 @@ def replace_weights(
         UserWarning: The model has no weights that could be replaced; nothing happens.
 
     Raises:
-        MismatchError: Something differs, is missing or left over. The old weights stay.
+        MismatchError: Something differs, is missing or left over, or the model was traced with `immutable_weights` or
+            `identical_weights`. The old weights stay.
         FormatError: The file is damaged. The old weights stay.
         UnsupportedError: A tensor is of a kind that reweft does not read. The old weights stay.
         UsageError: The arguments make no sense. The old weights stay.

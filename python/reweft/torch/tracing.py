@@ -86,12 +86,16 @@ def trace(
             `load(path, weights=...)` fills it.
         compiler_workdir: A folder in which the generated sources, the exported program and the options stay.
         compiler_args: `-O0` to `-O3`, for the C++ compiler.
-        options: Settings of `torch._inductor.config`, but for those that decide whether a weight can be replaced.
+        options: Settings of `torch._inductor.config`, but for those that decide whether a weight can be replaced; and
+            two of our own, which the package keeps. With `immutable_weights=True` it refuses every refit, live and on
+            disk; with `identical_weights=True` every one that brings other bytes than it has. Buffers that the program
+            writes to may get others then. Weights that were left out of a package may be put back in either case.
         device: Where the model runs. The module must be there already; None means wherever it is.
         strict: Refuse a module with a weight that could not be kept as a slot.
 
     Raises:
-        UsageError: The module is in training mode or on another device, or an option would put weights into the code.
+        UsageError: The module is in training mode or on another device, an option would put weights into the code, or
+            options contradict each other.
         MismatchError: `strict`, and a weight could not be kept as a slot.
         UnsupportedError: An argument is of a kind that a program cannot be held to, the program needs operators that
             the runtime cannot call, or torch cannot say what it writes to.
@@ -102,6 +106,8 @@ def trace(
     """
     module = as_module(func_or_module)
     _check_mode(module)
+    options = dict(options or {})
+    refit = _refit_rule(options)
     settings = _settings(options, compiler_args)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _check_device(module, device)
@@ -110,7 +116,7 @@ def trace(
         _check_structure(program)
         _name_constants(program, module)
         leaves = flatten(program.call_spec.in_spec, args, kwargs or {})
-        origins = _origins(program, leaves, module)
+        origins = _origins(program, leaves, module, refit)
         _drop_constant_results(program)
         fresh, sealed = Path(folder) / "model.pt2", Path(folder) / "sealed.pt2"
         if any(origin.used for origin in origins.tensors):
@@ -177,14 +183,34 @@ def _check_device(module: torch.nn.Module, device: str | torch.device | None) ->
         raise UsageError(f"the module is on {found[0]}, device={wanted!r} was asked for", hint=f"module.to({wanted!r})")
 
 
-def _settings(options: Mapping[str, Any] | None, compiler_args: str | Sequence[str] | None) -> dict[str, Any]:
+def _refit_rule(options: dict[str, Any]) -> str:
+    """Which new weights the package is to take, from options that are not the compiler's; takes them out.
+
+    Raises:
+        UsageError: One is no bool, or both are set.
+    """
+    rules = {"immutable_weights": "never", "identical_weights": "identical"}
+    asked = {name: options.pop(name) for name in rules if name in options}
+    for name, value in asked.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r}, wanted True or False")
+    found = [rule for name, rule in rules.items() if asked.get(name)]
+    if len(found) > 1:
+        raise UsageError(
+            "immutable_weights and identical_weights are both set",
+            hint="immutable weights take no refit at all; set one of them",
+        )
+    return found[0] if found else "any"
+
+
+def _settings(options: Mapping[str, Any], compiler_args: str | Sequence[str] | None) -> dict[str, Any]:
     """The compiler's settings.
 
     Raises:
         UsageError: An option would put weights into the code.
         UnsupportedError: There is no such argument.
     """
-    settings = dict(options or {})
+    settings = dict(options)
     for name, value in {**_KEEP_CONSTANTS, **_WEIGHTS_BESIDE_LIBRARY, **_ANY_THREADS}.items():
         if settings.get(name, value) != value:
             why = "fix the number of threads" if name in _ANY_THREADS else "take weights away from their slots"
@@ -266,12 +292,13 @@ class _Origins:
 
     signature: dict[str, Any]
     device: str
+    refit: str
     tensors: list[_Origin]
 
     def to_json(self) -> str:
         tensors = [vars(origin) for origin in self.tensors]
-        version = str(torch.__version__)
-        return json.dumps({"torch": version, "device": self.device, **self.signature, "tensors": tensors})
+        stated = {"torch": str(torch.__version__), "device": self.device, "refit": self.refit}
+        return json.dumps({**stated, **self.signature, "tensors": tensors})
 
 
 def _name_constants(program: ExportedProgram, module: torch.nn.Module) -> None:
@@ -306,7 +333,7 @@ def _drop_constant_results(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Module) -> _Origins:
+def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Module, refit: str) -> _Origins:
     """Every tensor of the module with all its names, and how the program is called.
 
     Raises:
@@ -344,7 +371,7 @@ def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Mo
     devices = {str(value.device.type) for value in values.values()} or {row["device"] for row in called["inputs"]}
     if len(devices) > 1:
         raise UnsupportedError(f"the module's tensors are on {' and '.join(sorted(devices))}")
-    return _Origins(signature=called, device=devices.pop() if devices else "cpu", tensors=tensors)
+    return _Origins(signature=called, device=devices.pop() if devices else "cpu", refit=refit, tensors=tensors)
 
 
 def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:

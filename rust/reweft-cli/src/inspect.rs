@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::Write;
 
+use reweft::artifact::manifest::{Manifest, RefitRule};
 use reweft::artifact::{self, Slot, Unrefittable};
 use reweft::checkpoint::Value;
 use reweft::keymap::Mapped;
@@ -159,6 +160,10 @@ struct ArtifactView<'a> {
     /// Names of the models in a package.
     models: Vec<&'a str>,
     has_manifest: bool,
+    /// That of a model that runs on the weights, as the manifest states it.
+    weights_version: Option<String>,
+    /// Which new weights the package takes, if it says so.
+    refit: Option<RefitRule>,
     /// Why no weights can be replaced, if so.
     absent: Option<&'a str>,
     /// Whether weights were left out of the file.
@@ -219,6 +224,8 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         file: artifact.path().display().to_string(),
         models: models.iter().map(|model| model.model.as_str()).collect(),
         has_manifest: artifact.manifest().is_some(),
+        weights_version: artifact.weights_version(),
+        refit: artifact.manifest().map(Manifest::refit),
         absent: artifact.absent().map(|absent| absent.why.as_str()),
         stripped: artifact.is_stripped(),
         needs_proxy_executor: models.iter().any(|model| model.extern_nodes.is_some()),
@@ -246,6 +253,14 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
     }
     if let Some(why) = view.absent {
         writeln!(out, "cannot be refitted: {why}")?;
+    }
+    if let Some(version) = &view.weights_version {
+        writeln!(out, "weights version: {version}")?;
+    }
+    match view.refit {
+        Some(RefitRule::Never) => writeln!(out, "cannot be refitted: traced with immutable_weights")?,
+        Some(RefitRule::Identical) => writeln!(out, "takes no other weights: traced with identical_weights")?,
+        Some(RefitRule::Any) | None => {}
     }
     if view.models.len() > 1 {
         writeln!(out, "models, whose names stand before those of their slots: {}", view.models.join(", "))?;

@@ -2,15 +2,15 @@
 
 use std::num::NonZero;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use reweft::artifact::manifest::{Batching, Manifest};
+use reweft::artifact::manifest::{Batching, Manifest, RefitRule};
 use reweft::plan::Allow;
 use reweft::source::Access;
 use reweft::{Artifact, Limits};
-use reweft_runtime::{ModelOptions, OpenOperators, RefitOptions, Tensor};
+use reweft_runtime::{Interrupted, ModelOptions, OpenOperators, RefitOptions, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -102,7 +102,7 @@ impl Model {
     /// Runs on tensor handles in capsules, which are taken; gives handles in capsules, or None.
     fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyList>) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
         let inputs = handles::take(self.0.torch(), inputs)?;
-        let outputs = py.detach(|| self.0.run(inputs)).map_err(|error| operators::raised(py, error))?;
+        let outputs = interruptible(py, |interrupted| self.0.run_unless(inputs, interrupted))?;
         give(py, outputs)
     }
 
@@ -114,7 +114,7 @@ impl Model {
     ) -> PyResult<Vec<Vec<Option<Bound<'py, PyAny>>>>> {
         let chunks: PyResult<_> = chunks.iter().map(|inputs| handles::take(self.0.torch(), inputs)).collect();
         let chunks = chunks?;
-        let outputs = py.detach(|| self.0.run_chunks(chunks)).map_err(|error| operators::raised(py, error))?;
+        let outputs = interruptible(py, |interrupted| self.0.run_chunks_unless(chunks, interrupted))?;
         outputs.into_iter().map(|outputs| give(py, outputs)).collect()
     }
 
@@ -170,6 +170,15 @@ impl Model {
         }
     }
 
+    /// Which new weights the package takes: "any", "identical" or "never".
+    fn refit_rule(&self) -> &'static str {
+        match self.0.artifact().manifest().map(Manifest::refit).unwrap_or_default() {
+            RefitRule::Any => "any",
+            RefitRule::Identical => "identical",
+            RefitRule::Never => "never",
+        }
+    }
+
     /// Names of buffers that the program writes to.
     fn written(&self) -> Vec<String> {
         let slots = self.0.artifact().slots().iter();
@@ -197,6 +206,25 @@ pub fn slot_names(py: Python<'_>, path: PathBuf) -> Result<Vec<Vec<String>>> {
 
 fn names(artifact: &Artifact) -> Vec<Vec<String>> {
     artifact.slots().iter().map(|slot| slot.names().map(str::to_owned).collect()).collect()
+}
+
+/// Runs a job that asks now and then whether to give up: if a signal's handler has raised something, as Ctrl-C does.
+fn interruptible<T: Send>(
+    py: Python<'_>,
+    job: impl FnOnce(Interrupted<'_>) -> reweft::Result<T> + Send,
+) -> PyResult<T> {
+    let raised: Mutex<Option<PyErr>> = Mutex::new(None);
+    let interrupted = || {
+        let found = Python::attach(|py| py.check_signals().err());
+        let is_raised = found.is_some();
+        *raised.lock().unwrap_or_else(PoisonError::into_inner) = found;
+        is_raised
+    };
+    let done = py.detach(|| job(&interrupted));
+    match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => done.map_err(|error| operators::raised(py, error)),
+    }
 }
 
 fn give(py: Python<'_>, outputs: Vec<Option<Tensor>>) -> PyResult<Vec<Option<Bound<'_, PyAny>>>> {

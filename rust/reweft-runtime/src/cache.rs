@@ -15,7 +15,7 @@ use std::time::SystemTime;
 
 use reweft::write::parse_nbytes;
 use reweft::{Error, ErrorKind, Result};
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, StatVfsMountFlags};
 
 use crate::library::Library;
 use crate::torch::Torch;
@@ -35,6 +35,9 @@ const EXTENSION: &str = ".so";
 const TEMPORARY: &str = ".reweft-";
 /// Only the owner, who has no reason to write.
 const MODE: u32 = 0o500;
+/// What to do where neither cache nor temporary files can be executed.
+const EXECUTION: &str =
+    "the file system is mounted noexec: let TMPDIR or REWEFT_CACHE_DIR name a folder of another one";
 /// Bytes compared in one step.
 const STEP_NBYTES: usize = 1 << 16;
 
@@ -166,6 +169,10 @@ impl LibraryCache {
         let folders = DirBuilder::new().recursive(true).mode(0o700).create(&self.folder);
         folders.map_err(|error| self.failed("create", error))?;
         self.check()?;
+        if is_noexec(&self.folder) {
+            // The loader would fail, and leave the part mapped that it had mapped by then.
+            return Err(refused(&self.folder, "is on a file system that is mounted noexec"));
+        }
         let lock = self.lock_file()?;
         lock.lock_shared().map_err(|error| self.failed("lock", error))?;
         let path = self.folder.join(format!("{}{EXTENSION}", hash.to_hex()));
@@ -268,7 +275,7 @@ pub(crate) unsafe fn open_library(torch: &Torch, bytes: &[u8]) -> Result<Library
 }
 
 /// Opens a library in the cache; `None` if the folder is not safe or cannot be written, or the loader does not map files
-/// from there, as on a file system that is mounted `noexec`.
+/// from there.
 ///
 /// # Safety
 /// As [`Library::open`].
@@ -298,7 +305,15 @@ unsafe fn open_temporary(torch: &Torch, bytes: &[u8]) -> Result<Library> {
     // memory would do too, but for its name: `/proc/self/fd/N` is used again, and the loader would give the library before.
     let path = file.into_temp_path();
     // SAFETY: the caller vouches for the bytes; the file is private to this user.
-    Ok(unsafe { Library::open(torch, &path)? })
+    unsafe { Library::open(torch, &path) }.map_err(|error| {
+        let error = Error::from(error);
+        if is_noexec(&path) { error.with_hint(EXECUTION) } else { error }
+    })
+}
+
+/// Whether the loader may not map files from there.
+fn is_noexec(path: &Path) -> bool {
+    rustix::fs::statvfs(path).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::NOEXEC))
 }
 
 fn user_folder() -> Option<PathBuf> {

@@ -19,6 +19,8 @@ pub enum ErrorKind {
     Mismatch,
     /// The program has constants that were never bound, so it cannot run.
     WeightsMissing,
+    /// The caller gave up while the call waited for others.
+    Interrupted,
     /// The caller asked for something that cannot be, such as three inputs for two parameters.
     Usage,
 }
@@ -73,9 +75,11 @@ impl From<Error> for reweft::Error {
         let kind = match error.kind() {
             ErrorKind::Mismatch => reweft::ErrorKind::Mismatch,
             ErrorKind::Usage => reweft::ErrorKind::Usage,
-            ErrorKind::Library | ErrorKind::Symbol | ErrorKind::Call | ErrorKind::WeightsMissing => {
-                reweft::ErrorKind::Run
-            }
+            ErrorKind::Library
+            | ErrorKind::Symbol
+            | ErrorKind::Call
+            | ErrorKind::WeightsMissing
+            | ErrorKind::Interrupted => reweft::ErrorKind::Run,
         };
         Self::new(kind, error.to_string())
     }

@@ -20,6 +20,7 @@ use crate::cache::open_library;
 use crate::device::Device;
 use crate::host;
 use crate::library::Library;
+use crate::permits::Interrupted;
 use crate::process::{Threads, Use, Uses, is_forked};
 use crate::proxy::{OpenOperators, Operators};
 use crate::serving::Serving;
@@ -252,7 +253,11 @@ impl Model {
             return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
         }
         // Copied before this model is locked: two models that adopt from each other would wait for one another.
-        let next = other.copied();
+        let next = {
+            let _use = other.enter()?;
+            other.copied()
+        };
+        let _here = self.serving.note();
         self.check_filled(&next)?;
         self.bind(next, &mut self.live()).map(drop)
     }
@@ -300,14 +305,23 @@ impl Model {
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] for an input of another dtype, shape, stride or device than the program was compiled for,
-    /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs; [`ErrorKind::Run`] if it fails.
+    /// which it would not notice; [`ErrorKind::Usage`] for the wrong number of inputs, and from inside a call of this model,
+    /// as everything that uses it; [`ErrorKind::Run`] if it fails.
     pub fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
+        self.run_unless(inputs, &|| false)
+    }
+
+    /// [`run`](Self::run), which can be given up while it waits for other calls; once it runs, it runs to its end.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); [`ErrorKind::Run`] if it is given up.
+    pub fn run_unless(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
         self.check_inputs(&inputs)?;
         let _use = self.enter()?;
         let _threads = self.set_threads()?;
         // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
         // to buffers has one replica, so that its calls follow one another.
-        unsafe { self.serving.run(inputs) }.map_err(|error| self.explained(error))
+        unsafe { self.serving.run(inputs, interrupted) }.map_err(|error| self.explained(error))
     }
 
     /// Runs the program once for each chunk, all on one set of weights however often they are replaced meanwhile. Chunks run
@@ -316,13 +330,25 @@ impl Model {
     /// # Errors
     /// As [`run`](Self::run), of the first chunk that fails; none has run if an input does not fit.
     pub fn run_chunks(&self, chunks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Option<Tensor>>>> {
+        self.run_chunks_unless(chunks, &|| false)
+    }
+
+    /// [`run_chunks`](Self::run_chunks), which can be given up while it waits for other calls.
+    ///
+    /// # Errors
+    /// As [`run_chunks`](Self::run_chunks); [`ErrorKind::Run`] if it is given up.
+    pub fn run_chunks_unless(
+        &self,
+        chunks: Vec<Vec<Tensor>>,
+        interrupted: Interrupted<'_>,
+    ) -> Result<Vec<Vec<Option<Tensor>>>> {
         chunks.iter().try_for_each(|inputs| self.check_inputs(inputs))?;
         let _use = self.enter()?;
         let _threads = self.set_threads()?;
         // Where this thread could set the number, others can.
         let prepare = || self.set_threads().ok().flatten();
         // SAFETY: as in `run`, for the inputs of every chunk.
-        unsafe { self.serving.run_chunks(chunks, &prepare) }.map_err(|error| self.explained(error))
+        unsafe { self.serving.run_chunks(chunks, &prepare, interrupted) }.map_err(|error| self.explained(error))
     }
 
     fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
@@ -379,8 +405,11 @@ impl Model {
     pub fn refit(&self, checkpoint: &Checkpoint, options: impl Into<RefitOptions>) -> Result<LiveReport> {
         let options = options.into();
         let _use = self.enter()?;
+        // What lets go of lent memory may be somebody else's code.
+        let _here = self.serving.note();
         let mut live = self.live();
-        let running = Running { filled: self.check_filled(&live).is_ok(), keep_written: options.keep_written };
+        let (filled, keep_written) = (self.check_filled(&live).is_ok(), options.keep_written);
+        let running = Running { filled, keep_written, saving: false };
         let planned = plan_running(&self.artifact, checkpoint, options.allow, running)?;
         planned.check()?;
         let mut next = live.clone();
@@ -418,8 +447,11 @@ impl Model {
     /// The first call after a refit reads the replaced weights, on a few threads; further ones read nothing, but for memory
     /// that was lent, which is read each time. A refit never computes it.
     ///
+    /// Until the first refit it is [`Artifact::weights_version`], which holds the manifest against the weights.
+    ///
     /// # Errors
-    /// [`ErrorKind::Run`] for a stripped package that was not filled yet.
+    /// [`ErrorKind::Run`] for a stripped package that was not filled yet; [`ErrorKind::Format`] for weights of the package
+    /// that are not those that its manifest states.
     pub fn weights_version(&self) -> Result<String> {
         let _use = self.enter()?;
         let live = self.live().clone();
@@ -428,7 +460,8 @@ impl Model {
         let hash = |number: usize, _: &Progressed<'_>| {
             if slots[number].mutated { Ok(String::new()) } else { live[number].hash(&slots[number]) }
         };
-        let hashes = parallel::run(live.len(), 0, &hash, &mut |_, _| ())?;
+        let hashes = parallel::run(live.len(), 0, &hash, &mut |_, _| ());
+        let hashes = hashes.map_err(|error| error.in_file(self.artifact.path()))?;
         Ok(weights_version(slots.iter().zip(hashes.iter().map(String::as_str))))
     }
 
@@ -439,7 +472,8 @@ impl Model {
     /// As [`state`](Self::state), [`write::refit`] and [`write::strip`]; `out` is then as it was.
     pub fn save(&self, out: &Path, inline_weights: bool, batching: Batching) -> Result<RefitReport> {
         let state = self.state()?;
-        let mut planned = reweft::plan::plan(&self.artifact, &state, Allow::default())?;
+        let saving = Running { saving: true, ..Running::default() };
+        let mut planned = plan_running(&self.artifact, &state, Allow::default(), saving)?;
         planned.batching = Some(batching);
         let refit = |out: &Path| write::refit(&planned, &self.artifact, &state, out, &mut |_, _| ());
         if inline_weights {
@@ -485,7 +519,15 @@ impl Model {
     }
 
     /// Begins a use of locks and program.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] from inside a call or a refit of this model: it would wait for that, or for a refit that does.
     fn enter(&self) -> Result<Use<'_>> {
+        if self.serving.is_here() {
+            let what = "the model is used from inside a call or a refit of its own, for which it would wait for ever";
+            let error = Error::new(ErrorKind::Usage, what).in_file(self.artifact.path());
+            return Err(error.with_hint("use it when that has returned, or use another model"));
+        }
         self.uses.begin().map_err(|error| error.in_file(self.artifact.path()))
     }
 
@@ -665,7 +707,7 @@ fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Hel
         return Ok((packaged(artifact, None).map_err(|error| error.in_file(artifact.path()))?, None));
     };
     let RefitOptions { allow, lend, keep_written } = options.refit;
-    let planned = plan_running(artifact, checkpoint, allow, Running { filled: false, keep_written })?;
+    let planned = plan_running(artifact, checkpoint, allow, Running { keep_written, ..Running::default() })?;
     planned.check()?;
     let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
     let filled = fill(artifact, checkpoint, &planned, lend, &mut Spare::default(), &mut live)?;

@@ -5,6 +5,16 @@
 //! program to stand still goes before all of them, or two threads that call in a loop would keep it waiting.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a call waits before it asks whether to give up, again and again.
+const ASK_AFTER: Duration = Duration::from_millis(100);
+
+/// Whether a call that waits for others is to give up; asked about ten times a second, on the thread of the call, which
+/// holds no lock then.
+pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 pub(crate) struct Permits {
     state: Mutex<State>,
@@ -18,6 +28,13 @@ struct State {
     first: usize,
 }
 
+impl State {
+    /// Whether a call has to wait.
+    fn is_busy(&self) -> bool {
+        self.free == 0 || self.first > 0
+    }
+}
+
 /// The right to run one call, or to know that one less runs.
 pub(crate) struct Permit<'a>(&'a Permits);
 
@@ -28,19 +45,31 @@ impl Permits {
     }
 
     /// Waits for a permit.
-    pub fn acquire(&self) -> Permit<'_> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Interrupted`] if it is told to give up.
+    pub fn acquire(&self, interrupted: Interrupted<'_>) -> Result<Permit<'_>> {
         let mut state = self.lock();
-        while state.free == 0 || state.first > 0 {
-            state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        while state.is_busy() {
+            let (found, waited) = self.freed.wait_timeout(state, ASK_AFTER).unwrap_or_else(PoisonError::into_inner);
+            state = found;
+            // Whoever was woken takes the permit and does not ask, so that no wake-up is lost.
+            if waited.timed_out() && state.is_busy() {
+                drop(state);
+                if interrupted() {
+                    return Err(Error::new(ErrorKind::Interrupted, "the call was given up while it waited for others"));
+                }
+                state = self.lock();
+            }
         }
         state.free -= 1;
-        Permit(self)
+        Ok(Permit(self))
     }
 
     /// Takes a permit if one is free and nobody waits to go first.
     pub fn try_acquire(&self) -> Option<Permit<'_>> {
         let mut state = self.lock();
-        if state.free == 0 || state.first > 0 {
+        if state.is_busy() {
             return None;
         }
         state.free -= 1;
@@ -82,6 +111,31 @@ mod tests {
     use std::thread;
     use std::time::{Duration, Instant};
 
+    fn acquire(permits: &Permits) -> Permit<'_> {
+        permits.acquire(&|| false).unwrap()
+    }
+
+    #[test]
+    fn a_call_that_waits_can_be_given_up_and_takes_no_permit_with_it() {
+        let permits = Permits::new(1);
+        let held = acquire(&permits);
+        let asked = AtomicUsize::new(0);
+        let error = permits.acquire(&|| asked.fetch_add(1, SeqCst) == 2).err().unwrap();
+        assert_eq!((error.kind(), asked.load(SeqCst)), (ErrorKind::Interrupted, 3));
+        thread::scope(|scope| {
+            let first = scope.spawn(|| drop(permits.acquire_first()));
+            while permits.lock().first == 0 {
+                thread::yield_now();
+            }
+            assert!(permits.acquire(&|| true).is_err());
+            drop(held);
+            first.join().unwrap();
+        });
+        // One that is free is taken without a question.
+        drop(permits.acquire(&|| true).unwrap());
+        assert_eq!(permits.lock().free, 1);
+    }
+
     #[test]
     fn no_more_run_than_there_are_permits() {
         for count in [1, 3] {
@@ -91,7 +145,7 @@ mod tests {
                     let (permits, inside, most) = (&permits, &inside, &most);
                     scope.spawn(move || {
                         for _ in 0..300 {
-                            let _permit = if number == 0 { permits.acquire_first() } else { permits.acquire() };
+                            let _permit = if number == 0 { permits.acquire_first() } else { acquire(permits) };
                             most.fetch_max(inside.fetch_add(1, SeqCst) + 1, SeqCst);
                             thread::yield_now();
                             inside.fetch_sub(1, SeqCst);
@@ -111,7 +165,7 @@ mod tests {
             for _ in 0..3 {
                 scope.spawn(|| {
                     while !stop.load(SeqCst) {
-                        let _permit = permits.acquire();
+                        let _permit = acquire(&permits);
                         thread::sleep(Duration::from_micros(200));
                     }
                 });

@@ -12,8 +12,9 @@ use crate::container::{Container, Pass};
 use crate::device::Device;
 use crate::error::Result;
 use crate::library::Library;
-use crate::permits::{Permit, Permits};
+use crate::permits::{Interrupted, Permit, Permits};
 use crate::proxy::Operators;
+use crate::reentry::{self, Here};
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -84,12 +85,13 @@ impl Serving {
     /// Runs the program, when one of `replicas` calls is free, on the weights that are newest then.
     ///
     /// # Errors
-    /// As [`Container::run`].
+    /// As [`Container::run`], and [`Permits::acquire`].
     ///
     /// # Safety
     /// As [`Container::run`].
-    pub unsafe fn run(&self, inputs: Vec<Tensor>) -> Result<Vec<Option<Tensor>>> {
-        let _permit = self.permits.acquire();
+    pub unsafe fn run(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
+        let _permit = self.permits.acquire(interrupted)?;
+        let _here = self.note();
         // SAFETY: passed on to the caller.
         unsafe { self.enter().run(inputs) }
     }
@@ -98,7 +100,7 @@ impl Serving {
     /// that helps calls `prepare` first, and drops what it gives at the end.
     ///
     /// # Errors
-    /// As [`Container::run`], of the first chunk that failed; chunks that have not begun by then are not run.
+    /// As [`run`](Self::run), of the first chunk that failed; chunks that have not begun by then are not run.
     ///
     /// # Safety
     /// As [`Container::run`], for every chunk.
@@ -106,8 +108,10 @@ impl Serving {
         &self,
         chunks: Vec<Vec<Tensor>>,
         prepare: &(dyn Fn() -> T + Sync),
+        interrupted: Interrupted<'_>,
     ) -> Result<Vec<Vec<Option<Tensor>>>> {
-        let _permit = self.permits.acquire();
+        let _permit = self.permits.acquire(interrupted)?;
+        let _here = self.note();
         let helpers: Vec<Permit<'_>> = (1..chunks.len()).map_while(|_| self.permits.try_acquire()).collect();
         let pass = self.enter();
         let outputs: Mutex<Vec<Option<Vec<Option<Tensor>>>>> = Mutex::new(chunks.iter().map(|_| None).collect());
@@ -128,6 +132,7 @@ impl Serving {
                 let work = &work;
                 scope.spawn(move || {
                     let _permit = helper;
+                    let _here = self.note();
                     let _prepared = prepare();
                     work();
                 });
@@ -138,6 +143,16 @@ impl Serving {
             Some(error) => Err(error),
             None => Ok(outputs.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()),
         }
+    }
+
+    /// Notes that a call, or a refit, is on this thread.
+    pub fn note(&self) -> Here {
+        Here::enter(self)
+    }
+
+    /// Whether a call or a refit is on this thread, for which whatever waits for it would wait for ever.
+    pub fn is_here(&self) -> bool {
+        reentry::is_here(self)
     }
 
     /// Waits until one call less runs, before all calls that wait. With one replica none runs then.

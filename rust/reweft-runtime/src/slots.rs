@@ -8,8 +8,7 @@ use reweft::artifact::{Slot, manifest};
 use reweft::checkpoint::Format;
 use reweft::plan::Plan;
 use reweft::recipe::Recipe;
-use reweft::source::{Source, Window, to_usize};
-use reweft::tensor::contiguous;
+use reweft::source::{self, Source, Window, to_usize};
 use reweft::{Artifact, Checkpoint, Error, ErrorKind, Result, TensorInfo};
 
 use crate::memory::Lines;
@@ -22,6 +21,8 @@ const NAMES_SHOWN: usize = 5;
 pub(crate) struct Held {
     pub place: Place,
     hash: Arc<OnceLock<String>>,
+    /// The hash that the package's manifest states, if the bytes are the package's.
+    stated: Option<Arc<str>>,
 }
 
 /// The bytes a slot runs on.
@@ -39,7 +40,7 @@ pub(crate) enum Place {
 
 impl From<Place> for Held {
     fn from(place: Place) -> Self {
-        Self { place, hash: Arc::default() }
+        Self { place, hash: Arc::default(), stated: None }
     }
 }
 
@@ -77,21 +78,24 @@ impl Held {
         })
     }
 
-    /// Hash of the elements in row-major order. Computed once, but for bytes that are lent.
+    /// Hash of the bytes in the slot's layout, as manifests state it. Computed once, but for bytes that are lent.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] if the manifest states another one; those of [`source`](Self::source).
     pub fn hash(&self, slot: &Slot) -> Result<String> {
         if let Some(hash) = self.hash.get() {
             return Ok(hash.clone());
         }
         let source = self.source(slot)?;
-        let found = if slot.strides == contiguous(&slot.shape)
-            && let Some(bytes) = source.as_slice()
-        {
-            manifest::hash(bytes)
-        } else {
-            let info = info(slot, 0);
-            let one = Checkpoint::from_memory("live weights".as_ref(), vec![source], [(slot.name.clone(), info)])?;
-            manifest::hash(&one.read(&slot.name)?)
+        let found = match source.as_slice() {
+            Some(bytes) => manifest::hash(bytes),
+            None => manifest::hash(&source::read_vec(&*source, 0, slot.nbytes)?),
         };
+        if let Some(stated) = self.stated.as_deref().filter(|stated| *stated != found) {
+            let what = format!("the weights hash to {found}, the manifest states {stated}");
+            let hint = "something other than reweft wrote them; reweft refit with the right weights states new hashes";
+            return Err(Error::format(what).of_key(&slot.name).with_hint(hint));
+        }
         if matches!(self.place, Place::Lent(..)) {
             return Ok(found);
         }
@@ -166,11 +170,11 @@ pub(crate) fn packaged(artifact: &Artifact, plan: Option<&Plan>) -> Result<Vec<H
         if !*kept {
             return Ok(Place::Absent.into());
         }
-        let bytes = Place::Shared(Arc::clone(artifact.source()), artifact.place(slot)?);
-        if slot.mutated || artifact.source().as_slice().is_none() || !bytes.is_aligned(slot)? {
-            return Ok(Place::Own(Arc::new(Lines::from_bytes(&artifact.read_slot(slot)?))).into());
+        let mut place = Place::Shared(Arc::clone(artifact.source()), artifact.place(slot)?);
+        if slot.mutated || artifact.source().as_slice().is_none() || !place.is_aligned(slot)? {
+            place = Place::Own(Arc::new(Lines::from_bytes(&artifact.read_slot(slot)?)));
         }
-        Ok(bytes.into())
+        Ok(Held { stated: slot.hash.as_deref().map(Arc::from), ..place.into() })
     };
     slots.iter().zip(&kept).map(place).collect()
 }

@@ -356,6 +356,14 @@ impl Artifact {
         self.program()?.manifest.as_ref()
     }
 
+    /// The version of the weights by the hashes that the manifest states, which is that of a model that runs on them. Reads
+    /// nothing. `None` for an artifact without a manifest, or without weights.
+    pub fn weights_version(&self) -> Option<String> {
+        self.manifest().filter(|_| !self.is_stripped())?;
+        let rows: Option<Vec<_>> = self.slots.iter().map(|slot| Some((slot, slot.hash.as_deref()?))).collect();
+        rows.map(weights_version)
+    }
+
     /// Whether all tensors of the module are accounted for: by a manifest, or because nothing was compiled.
     pub fn is_complete(&self) -> bool {
         self.program().is_none_or(|program| program.manifest.is_some())

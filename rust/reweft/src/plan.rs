@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::artifact::manifest::Batching;
+use crate::artifact::manifest::{self, Batching, Manifest, RefitRule};
 use crate::artifact::{Artifact, Kind, Slot};
 use crate::checkpoint::Checkpoint;
 use crate::convert;
@@ -41,6 +41,8 @@ pub struct Running {
     pub filled: bool,
     /// Leave slots that the program writes to as they are, whatever the checkpoint has for them.
     pub keep_written: bool,
+    /// The values are to be written down and not replaced, so the package need not allow a refit.
+    pub saving: bool,
 }
 
 /// One slot and how its bytes are made.
@@ -72,12 +74,16 @@ pub struct Plan {
     /// What the manifest is to say of batch sizes, if something else than before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batching: Option<Batching>,
+    /// The weights that the artifact was compiled with, if it was held against them; no refit may replace their file.
+    #[serde(skip)]
+    pub(crate) original: Option<Checkpoint>,
 }
 
 /// Plans the refit of `artifact` from `checkpoint`.
 ///
 /// Reads metadata, and the bytes of tied keys that the checkpoint stores more than once. Where no manifest states which
-/// weights are tied, also those of keys without a slot, and of keys that look like them.
+/// weights are tied, also those of keys without a slot, and of keys that look like them. Where the package takes none but
+/// the weights that it has, all of them.
 ///
 /// # Errors
 /// Only read errors, [`ErrorKind::Format`] among them. What does not fit is a finding in the plan.
@@ -100,6 +106,7 @@ pub fn plan_running(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow, 
     }
     planner.check_leftover_keys()?;
     planner.check_absent();
+    planner.check_mutable(&refills);
     Ok(Plan {
         artifact: artifact.path().to_owned(),
         checkpoint: checkpoint.path().to_owned(),
@@ -107,6 +114,7 @@ pub fn plan_running(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow, 
         kept,
         findings: planner.findings,
         batching: None,
+        original: None,
     })
 }
 
@@ -153,6 +161,7 @@ impl Plan {
     /// # Errors
     /// Read errors of both.
     pub fn check_original(&mut self, artifact: &Artifact, original: &Checkpoint) -> Result<()> {
+        self.original = Some(original.clone());
         for slot in artifact.slots().iter().filter(|slot| slot.obstacle().is_none() && slot.region.is_some()) {
             let Some(key) = slot.names().find(|name| original.contains(name)) else { continue };
             let info = original.get(key)?;
@@ -183,6 +192,7 @@ struct Planner<'a> {
     checkpoint: &'a Checkpoint,
     allow: Allow,
     running: Running,
+    rule: RefitRule,
     used: HashSet<&'a str>,
     slot_names: HashSet<&'a str>,
     /// Names that need no slot, and names that have none but should.
@@ -206,6 +216,7 @@ impl<'a> Planner<'a> {
             checkpoint,
             allow,
             running,
+            rule: rule(artifact, running),
             used: HashSet::new(),
             slot_names: artifact.slots().iter().flat_map(Slot::names).collect(),
             not_read: artifact.unused().iter().map(String::as_str).collect(),
@@ -247,6 +258,7 @@ impl<'a> Planner<'a> {
         }
         self.compare_tied(slot, &keys)?;
         let recipe = Recipe::of_key(key, info, slot.dtype, &slot.strides);
+        self.compare_identical(slot, key, &recipe)?;
         Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
     }
 
@@ -332,6 +344,27 @@ impl<'a> Planner<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Where no other weights are taken, a key must have the bytes that the manifest states. State of the program is no weight.
+    fn compare_identical(&mut self, slot: &Slot, key: &str, recipe: &Recipe) -> Result<()> {
+        if self.rule != RefitRule::Identical || slot.mutated {
+            return Ok(());
+        }
+        let found = manifest::hash(&recipe.evaluate(self.checkpoint, slot.nbytes)?);
+        let wanted = slot.hash.clone().unwrap_or_default();
+        if found != wanted {
+            self.findings.push(Finding::not_identical(slot, key, found, wanted));
+        }
+        Ok(())
+    }
+
+    /// A package may take no weights at all.
+    fn check_mutable(&mut self, refills: &[Refill]) {
+        let first = refills.first().and_then(|refill| self.artifact.slots().get(refill.slot));
+        if let Some(first) = first.filter(|_| self.rule == RefitRule::Never) {
+            self.findings.push(Finding::immutable(first, refills.len()));
+        }
     }
 
     /// Every key must have a slot, or a reason why it needs none.
@@ -427,6 +460,15 @@ impl<'a> Planner<'a> {
             let finding = Finding::new(FindingKind::Unrefittable, absent.why.as_str());
             self.findings.push(finding.hint(absent.hint));
         }
+    }
+}
+
+/// Which weights the artifact takes. To put back what it was stripped of replaces nothing.
+fn rule(artifact: &Artifact, running: Running) -> RefitRule {
+    match artifact.manifest().map(Manifest::refit).unwrap_or_default() {
+        _ if running.saving => RefitRule::Any,
+        RefitRule::Never if artifact.is_stripped() && !running.filled => RefitRule::Identical,
+        rule => rule,
     }
 }
 

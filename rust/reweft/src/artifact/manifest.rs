@@ -58,6 +58,9 @@ pub struct Origins {
     /// How the program is called.
     #[serde(flatten)]
     pub signature: Signature,
+    /// Which new weights it is to take.
+    #[serde(default)]
+    pub refit: RefitRule,
     /// Every parameter, buffer and tensor attribute.
     pub tensors: Vec<Origin>,
 }
@@ -73,6 +76,19 @@ pub enum Batching {
     Chunks,
 }
 
+/// Which new weights a package takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RefitRule {
+    /// Any that fit.
+    #[default]
+    Any,
+    /// Those that it has; buffers that the program writes to may get others.
+    Identical,
+    /// None. Weights that were stripped from it may be put back.
+    Never,
+}
+
 /// The manifest as it is stored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Manifest {
@@ -85,6 +101,8 @@ pub struct Manifest {
     #[serde(flatten)]
     signature: Signature,
     batching: Batching,
+    #[serde(default)]
+    refit: RefitRule,
     weights: Option<String>,
     slots: Vec<ManifestSlot>,
     unused: Vec<String>,
@@ -189,6 +207,11 @@ impl Manifest {
         self.batching
     }
 
+    /// Which new weights the package takes.
+    pub fn refit(&self) -> RefitRule {
+        self.refit
+    }
+
     pub(crate) fn set_batching(&mut self, batching: Batching) {
         self.batching = batching;
     }
@@ -291,6 +314,7 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
         target: origins.target.clone(),
         signature: origins.signature.clone(),
         batching: Batching::Single,
+        refit: origins.refit,
         weights: records.weights.clone(),
         slots,
         unused: unused.into_iter().flat_map(|origin| origin.names.clone()).collect(),

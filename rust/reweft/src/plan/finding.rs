@@ -7,6 +7,8 @@ use serde::Serialize;
 use crate::artifact::Slot;
 use crate::tensor::{TensorInfo, describe};
 
+const TRACE_AGAIN: &str = "trace the module again without that option for a package that takes other weights";
+
 /// What a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -32,6 +34,10 @@ pub enum FindingKind {
     Dtype,
     /// Names of one slot with different values.
     Tied,
+    /// A package that takes no new weights.
+    Immutable,
+    /// A key whose bytes are not the slot's, for a package that takes no others.
+    Identical,
     /// Bytes of slot and key differ; only `verify` looks.
     Value,
 }
@@ -49,9 +55,9 @@ pub struct Finding {
     pub key: Option<String>,
     /// What it says.
     pub what: String,
-    /// Dtype and shape in the checkpoint.
+    /// Dtype and shape in the checkpoint, or what else is not as it should be.
     pub found: Option<String>,
-    /// Dtype and shape of the slot.
+    /// Dtype and shape of the slot, or what else there should be.
     pub wanted: Option<String>,
     /// What to do about it.
     pub hint: Option<String>,
@@ -61,6 +67,25 @@ impl Finding {
     pub(super) fn new(kind: FindingKind, what: impl Into<String>) -> Self {
         let what = what.into();
         Self { kind, blocking: true, slot: None, key: None, what, found: None, wanted: None, hint: None }
+    }
+
+    /// A package that takes no new weights, and how many slots were to be filled.
+    pub(super) fn immutable(first: &Slot, count: usize) -> Self {
+        let what = "the package was traced with immutable_weights, so its weights cannot be replaced";
+        let (found, wanted) = (Some(format!("keys for {count} slots")), Some("none".to_owned()));
+        Self { found, wanted, ..Self::new(FindingKind::Immutable, what) }.slot(first).hint(TRACE_AGAIN)
+    }
+
+    /// A key whose bytes are not those that the package states, by their hashes.
+    pub(super) fn not_identical(slot: &Slot, key: &str, found: String, wanted: String) -> Self {
+        let what = "the bytes differ, and the package was traced with identical_weights, so it takes no others";
+        let finding = Self::new(FindingKind::Identical, what).slot(slot).key(key).hint(TRACE_AGAIN);
+        Self { found: Some(found), wanted: Some(wanted), ..finding }
+    }
+
+    /// Whether it says what the package allows, and nothing of the bytes.
+    pub(crate) fn is_rule(&self) -> bool {
+        matches!(self.kind, FindingKind::Immutable | FindingKind::Identical)
     }
 
     /// Bytes that are not what they should be; made by `verify`.

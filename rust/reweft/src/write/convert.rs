@@ -102,7 +102,11 @@ fn not_carried(checkpoint: &Checkpoint, format: TargetFormat) -> Vec<String> {
 
 /// Refuses to write over any file that the checkpoint's bytes come from, under whichever name.
 pub(super) fn refuse_source(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
-    let what = "the checkpoint that it is made of";
+    refuse_file_of(checkpoint, out, "the checkpoint that it is made of")
+}
+
+/// Refuses to write over any file of a checkpoint, `what` it is.
+pub(super) fn refuse_file_of(checkpoint: &Checkpoint, out: &Path, what: &str) -> Result<()> {
     refuse_same_file(out, checkpoint.path(), what)?;
     let Ok(target) = out.metadata() else { return Ok(()) };
     for file in checkpoint.files() {

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use reweft::artifact::manifest::{Input, Leaf, Origin, Origins, Output, Signature, Size, seal};
-use reweft::plan::{Allow, FindingKind, Plan, plan};
+use reweft::artifact::manifest::{Input, Leaf, Origin, Origins, Output, RefitRule, Signature, Size, hash, seal};
+use reweft::plan::{Allow, FindingKind, Plan, Running, plan, plan_running};
 use reweft::source::{Access, Source};
 use reweft::tensor::contiguous;
-use reweft::write::{refit, strip, verify};
+use reweft::write::{refit, refit_in_place, strip, verify};
 use reweft::{Artifact, Checkpoint, Dtype, ErrorKind, Limits, OpenOptions, Result, TensorInfo};
 
 use crate::build::Zip;
@@ -27,6 +27,10 @@ fn origin(names: &[&str], used: bool) -> Origin {
 
 /// The plain package with a manifest: a tied weight, a tensor nobody reads, one that was compiled into the code.
 fn sealed(folder: &Path) -> PathBuf {
+    sealed_for(folder, RefitRule::Any)
+}
+
+fn sealed_for(folder: &Path, refit: RefitRule) -> PathBuf {
     let tensors = vec![
         origin(&["fc.weight", "head.weight"], true),
         origin(&["fc.bias"], true),
@@ -48,8 +52,9 @@ fn sealed(folder: &Path) -> PathBuf {
         outputs: vec![Output::Tensor],
         ..Signature::default()
     };
-    let origins = Origins { torch: "2.15.0".into(), device: "cpu".into(), target: None, signature, tensors };
-    let out = folder.join("sealed.pt2");
+    let (torch, device) = ("2.15.0".into(), "cpu".into());
+    let origins = Origins { torch, device, target: None, signature, refit, tensors };
+    let out = folder.join(format!("sealed-{refit:?}.pt2"));
     seal(&fixture("packages/plain.pt2"), &origins, &out).unwrap();
     out
 }
@@ -92,13 +97,8 @@ fn refit_with_the_same_weights_is_byte_identical() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out.pt2");
     for package in [fixture("packages/plain.pt2"), sealed(folder.path())] {
-        let present = artifact(&package);
-        let rows: Vec<_> = present
-            .slots()
-            .iter()
-            .map(|slot| (slot.name.as_str(), slot.dtype, &slot.shape[..], present.read_slot(slot).unwrap()))
-            .collect();
-        let report = refitted(&package, &memory(&rows), &out).unwrap();
+        let whole = artifact(&package);
+        let report = refitted(&package, &memory(&present(&whole)), &out).unwrap();
         assert_eq!((report.slots, report.slots_changed), (3, 0));
         assert_eq!(std::fs::read(&package).unwrap(), std::fs::read(&out).unwrap());
     }
@@ -110,11 +110,7 @@ fn refit_twice_is_the_last_refit_and_back_is_the_original() {
     let package = sealed(folder.path());
     let [x, y, xy, back] = ["x", "y", "xy", "back"].map(|name| folder.path().join(name));
     let original = artifact(&package);
-    let rows: Vec<_> = original
-        .slots()
-        .iter()
-        .map(|slot| (slot.name.as_str(), slot.dtype, &slot.shape[..], original.read_slot(slot).unwrap()))
-        .collect();
+    let rows = present(&original);
     refitted(&package, &memory(&weights(1.0)), &x).unwrap();
     refitted(&package, &memory(&weights(-2.0)), &y).unwrap();
     refitted(&x, &memory(&weights(-2.0)), &xy).unwrap();
@@ -169,6 +165,64 @@ fn a_baked_weight_is_never_merely_unused() {
     let plan = plan(&artifact(&package), &memory(&rows), allow).unwrap();
     assert_eq!(kinds(&plan), [(FindingKind::Baked, true), (FindingKind::NotRead, false)]);
     assert_eq!(plan.check().unwrap_err().kind(), ErrorKind::Mismatch);
+}
+
+/// The weights that an artifact has.
+fn present(artifact: &Artifact) -> Vec<(&str, Dtype, &[u64], Vec<u8>)> {
+    let row = |slot| artifact.read_slot(slot).unwrap();
+    artifact.slots().iter().map(|slot| (slot.name.as_str(), slot.dtype, &slot.shape[..], row(slot))).collect()
+}
+
+#[test]
+fn immutable_weights_are_not_replaced_whatever_is_allowed() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = sealed_for(folder.path(), RefitRule::Never);
+    let whole = artifact(&package);
+    let allow = Allow { unused: true, missing: true, cast: true };
+    let same = memory(&present(&whole));
+    let planned = plan(&whole, &same, allow).unwrap();
+    assert_eq!(kinds(&planned), [(FindingKind::Immutable, true)]);
+    let error = planned.check().unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("\"fc.weight\"") && text.contains("found keys for 3 slots, wanted none"), "{text}");
+    assert!(error.hint().is_some());
+    let before = std::fs::read(&package).unwrap();
+    let in_place = refit_in_place(&planned, &whole, &same, &mut |_, _| ());
+    assert_eq!(in_place.unwrap_err().kind(), ErrorKind::Mismatch);
+    assert_eq!(refitted(&package, &same, &folder.path().join("x")).unwrap_err().kind(), ErrorKind::Mismatch);
+    assert_eq!(std::fs::read(&package).unwrap(), before);
+    // What it holds can be compared, and written down by whoever serves it.
+    assert!(verify(&planned, &whole, &same, &mut |_, _| ()).unwrap().equal);
+    let saving = Running { saving: true, ..Running::default() };
+    plan_running(&whole, &memory(&weights(2.0)), allow, saving).unwrap().check().unwrap();
+}
+
+#[test]
+fn identical_weights_are_the_only_ones_that_are_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let [out, stripped] = ["out", "stripped"].map(|name| folder.path().join(name));
+    for rule in [RefitRule::Identical, RefitRule::Never] {
+        let package = sealed_for(folder.path(), rule);
+        let whole = artifact(&package);
+        strip(&whole, &[], &stripped, &mut |_, _| ()).unwrap();
+        let mut rows = present(&whole);
+        // To put back what was left out replaces nothing.
+        let target = if rule == RefitRule::Never { &stripped } else { &package };
+        refitted(target, &memory(&rows), &out).unwrap();
+        assert_eq!(std::fs::read(&out).unwrap(), std::fs::read(&package).unwrap());
+        *rows[1].3.last_mut().unwrap() ^= 1;
+        for target in [target, &stripped] {
+            let plan = planned(target, &memory(&rows));
+            assert_eq!(kinds(&plan), [(FindingKind::Identical, true)]);
+            let (error, slot) = (plan.check().unwrap_err(), &whole.slots()[1]);
+            let (text, found) = (error.to_string(), hash(&rows[1].3));
+            let wanted = slot.hash.as_deref().unwrap();
+            assert!(text.contains(&format!("slot {:?}", slot.name)), "{text}");
+            assert!(text.contains(&format!("found {found}, wanted {wanted}")), "{text}");
+        }
+        let report = verify(&planned(&package, &memory(&rows)), &whole, &memory(&rows), &mut |_, _| ()).unwrap();
+        assert_eq!(report.differences.len(), 1);
+    }
 }
 
 #[test]

@@ -1,23 +1,27 @@
 # One name for each thing that people and CI run. `make help` lists them.
 PYTHON ?= python3
-VENV := .venv
+# `make test-torch VERSION=2.13.0`: another torch, in an environment of its own. The line keeps a VERSION of the caller's
+# environment out.
+VERSION :=
+VENV := .venv$(if $(VERSION),-torch-$(VERSION))
+TOOLS := --group $(if $(VERSION),tools torch==$(VERSION),dev)
 BIN := $(VENV)/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export CARGO_TERM_COLOR ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench format lint test-rust test-python soak fuzz bless clean
+.PHONY: help setup build demo test bench format lint test-rust test-python test-torch soak fuzz bless clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The environment that demo, test and bench share. torch is large: it is installed once, and again only when the
-# pinned versions change.
+# pinned versions change. It cannot be imported without the CUDA libraries that it is linked to, so it is installed whole.
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip==26.3'
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet $(TOOLS)
 	touch $@
 
 setup: $(VENV)/installed ## Create .venv with the pinned tools
@@ -46,6 +50,12 @@ test-rust: setup ## Rust unit tests, integration tests and doctests
 test-python: build ## pytest
 	$(BIN)/python -m pytest tests
 
+# Whatever has compiled code in it, which is another torch's with each version.
+COMPILED := tests/live tests/refit tests/parity/test_refit_peer.py tests/parity/test_programs.py tests/cli/test_run.py
+test-torch: $(if $(VERSION),build) ## What depends on torch's compiler, with another one: make test-torch VERSION=2.13.0
+	@test -n "$(VERSION)" || { echo "make test-torch needs a version: make test-torch VERSION=2.13.0" >&2; exit 1; }
+	$(BIN)/python -m pytest $(COMPILED)
+
 bench: build ## Compare with the peers, in one run: make bench TOPICS="refitting huge" for some topics only
 	$(BIN)/python -m tests.bench $(TOPICS)
 
@@ -71,6 +81,6 @@ format: setup ## Format everything
 	$(BIN)/ruff format --quiet python tests fixtures
 	$(BIN)/ruff check --quiet --fix python tests fixtures
 
-clean: ## Remove build products; .venv stays
+clean: ## Remove build products; .venv and its like stay
 	cargo clean
 	rm -f python/reweft/_core*.so

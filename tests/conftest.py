@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def pytest_configure(config: pytest.Config) -> None:
     # torch.export says it of every LSTM; it is raised through contextlib, so the filter for torch's modules misses it.
     config.addinivalue_line("filterwarnings", "ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
+    # torch 2.13 says it of every program that it copies, through copyreg.
+    config.addinivalue_line("filterwarnings", "ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
 
 
 @pytest.fixture(scope="session", autouse=True)

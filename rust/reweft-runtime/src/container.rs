@@ -1,5 +1,7 @@
 //! A container: instances of one compiled program over two sets of weights, one serving and one spare.
 
+mod handles;
+
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
 use std::fmt;
@@ -9,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use reweft::Dtype;
 
+use self::handles::Handles;
 use crate::binding::{Binding, Constant, ConstantKind, Weights};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,13 +46,21 @@ pub struct Container {
     alone: Option<Mutex<()>>,
     /// Calls enter, a swap closes it. Taken after `refit`, never before.
     gate: Gate,
-    /// One refit or extraction at a time. Holds the weights of before where the device may be reading them yet.
-    refit: Mutex<Option<Arc<Weights>>>,
+    /// One refit or extraction at a time.
+    refit: Mutex<Refit>,
     /// The weights that calls read. Replaced only while the gate is closed.
     active: Mutex<Active>,
     filled: AtomicBool,
     /// Boxed: the library is given its address.
     proxy: Option<Box<Proxy>>,
+}
+
+/// What one refit leaves to the next.
+#[derive(Default)]
+struct Refit {
+    /// The weights of before, where the device may be reading them yet.
+    retired: Option<Arc<Weights>>,
+    handles: Handles,
 }
 
 /// The weights in use.
@@ -250,8 +261,7 @@ impl Container {
     /// fresh private bytes to reset it, or the same memory again to carry its value over.
     ///
     /// Cost: time linear in the number of constants (measured: 8 microseconds for 17 on an idle container), the
-    /// wait for calls in flight, and the folding if any. Libraries compiled by torch 2.13 lose 32 to 368 bytes
-    /// per constant at each refit; 2.15 loses none.
+    /// wait for calls in flight, and the folding if any. The first refit of a library binds its constants twice more.
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] unless every constant that is not folded has exactly one binding of its dtype and
@@ -265,36 +275,27 @@ impl Container {
             |(row, tensor): (&usize, &Tensor)| Pair { name: self.c_names[*row].as_ptr(), tensor: tensor.as_raw() };
         let pairs: Vec<Pair> = rows.iter().zip(&tensors).map(pair).collect();
 
-        let mut retired = lock(&self.refit);
-        let update = &self.library.functions().update;
-        // Shallow handles are put in the place of those of two refits ago. Those may point to memory that is
-        // gone by now; they are deleted here and nothing has read through them since.
-        // SAFETY: the container and the handles are live, `pairs` has `pairs.len()` entries, and no other
-        // thread touches the spare set: `refit` is locked.
-        let status = unsafe { (update.call)(self.raw(), pairs.as_ptr(), pairs.len(), true, true) };
-        self.library.check(update, status)?;
-        let old = self.activate(Weights::bound(bindings))?;
+        let mut refit = lock(&self.refit);
+        self.update(&pairs, &mut refit.handles)?;
+        let old = self.activate(Weights::bound(bindings), &mut refit.handles)?;
         if old.own {
             self.free_spare();
         }
         let asynchronous = !self.device.is_host();
-        let finished = if asynchronous { retired.replace(old.weights) } else { Some(old.weights) };
+        let finished = if asynchronous { refit.retired.replace(old.weights) } else { Some(old.weights) };
         // What bindings keep is dropped outside our lock, as it is the caller's code that runs then.
-        drop(retired);
+        drop(refit);
         drop(finished);
         Ok(())
     }
 
     /// Makes the spare set the active one and returns what was active, which no call reads any more.
-    fn activate(&self, weights: Weights) -> Result<Active> {
+    fn activate(&self, weights: Weights, handles: &mut Handles) -> Result<Active> {
         let _alone = self.gate.close();
-        let swap = &self.library.functions().swap;
-        // SAFETY: the container is live (invariant of the type).
-        self.library.check(swap, unsafe { (swap.call)(self.raw()) })?;
+        self.swap(handles)?;
         if let Err(error) = self.fold() {
             // The set of before is as it was, folded constants included: it only has to be swapped back.
-            // SAFETY: the same.
-            if self.library.check(swap, unsafe { (swap.call)(self.raw()) }).is_err() {
+            if self.swap(handles).is_err() {
                 self.filled.store(false, Ordering::Release);
             }
             return Err(error);
@@ -302,6 +303,15 @@ impl Container {
         self.filled.store(true, Ordering::Release);
         let new = Active { weights: Arc::new(weights), own: false };
         Ok(std::mem::replace(&mut *self.active(), new))
+    }
+
+    /// Swaps the sets. The gate is closed.
+    fn swap(&self, handles: &mut Handles) -> Result<()> {
+        let swap = &self.library.functions().swap;
+        // SAFETY: the container is live (invariant of the type).
+        self.library.check(swap, unsafe { (swap.call)(self.raw()) })?;
+        handles.swap();
+        Ok(())
     }
 
     /// Computes the folded constants of the active set. The gate is closed.
@@ -391,14 +401,14 @@ impl Container {
     /// What the bindings kept alive is dropped before this returns, with the exception that [`Container::refit`] makes.
     /// The library keeps handles to memory that may be gone; it reads none of them, as it is not called unfilled.
     pub(crate) fn clear(&self) {
-        let mut retired = lock(&self.refit);
+        let mut refit = lock(&self.refit);
         let old = {
             let _alone = self.gate.close();
             self.filled.store(false, Ordering::Release);
             std::mem::take(&mut *self.active())
         };
-        let finished = if self.device.is_host() { Some(old.weights) } else { retired.replace(old.weights) };
-        drop(retired);
+        let finished = if self.device.is_host() { Some(old.weights) } else { refit.retired.replace(old.weights) };
+        drop(refit);
         drop(finished);
     }
 
@@ -483,24 +493,29 @@ impl Container {
 
     /// The tensors of the active set, sharing its memory. Nobody else is in the gate, or knows of `self` yet.
     fn entries(&self) -> Result<Vec<(String, Tensor)>> {
-        let extract = self.library.functions().extract.as_ref();
-        let extract = self.library.need(extract, "AOTInductorModelContainerExtractConstantsMapEntries")?;
-        let (mut first, mut count) = (null(), 0);
-        // SAFETY: the container is live (invariant of the type) and both are writable.
-        let status = unsafe { (extract.call)(self.raw(), &raw mut first, &raw mut count, false) };
-        self.library.check(extract, status)?;
-        if count == 0 || first.is_null() {
-            return Ok(Vec::new());
-        }
-        // SAFETY: `count` entries that live until the next such call, which `refit` keeps away.
-        let pairs: &[Pair] = unsafe { std::slice::from_raw_parts(first, count) };
         let entry = |pair: &Pair| {
             // SAFETY: the name lives as long as the entries.
             let fqn = unsafe { text(pair.name) }.unwrap_or_default();
             // SAFETY: the handle is live.
             Ok((fqn, unsafe { Tensor::share(&self.torch, pair.tensor)? }))
         };
-        pairs.iter().map(entry).collect()
+        self.pairs(false)?.iter().map(entry).collect()
+    }
+
+    /// The library's names and handles of one set; folded constants are not among them. `refit` is locked, or nobody else
+    /// knows of `self` yet.
+    fn pairs(&self, spare: bool) -> Result<&[Pair]> {
+        let extract = self.library.functions().extract.as_ref();
+        let extract = self.library.need(extract, "AOTInductorModelContainerExtractConstantsMapEntries")?;
+        let (mut first, mut count) = (null(), 0);
+        // SAFETY: the container is live (invariant of the type) and both are writable.
+        let status = unsafe { (extract.call)(self.raw(), &raw mut first, &raw mut count, spare) };
+        self.library.check(extract, status)?;
+        if count == 0 || first.is_null() {
+            return Ok(&[]);
+        }
+        // SAFETY: `count` entries that live until the next such call, which `refit` keeps away.
+        Ok(unsafe { std::slice::from_raw_parts(first, count) })
     }
 
     /// Turns the status of a call that may have run operators of the host into a result.
@@ -604,7 +619,7 @@ fn create(library: &Library, device: Device, replicas: usize) -> Result<NonNull<
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // The weights are dropped after this, with the fields.
+        // The weights are dropped after this, with the fields, and handles that the library forgets.
         // SAFETY: the container is live and ours, and no call is inside: those borrow `self`.
         unsafe { (self.library.functions().delete.call)(self.raw()) };
     }

@@ -8,7 +8,7 @@ use std::ffi::{c_char, c_void};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::ptr::null;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::symbols::{Function, symbols};
@@ -71,6 +71,7 @@ pub struct Library(Arc<Inner>);
 struct Inner {
     functions: Functions,
     path: PathBuf,
+    forgets: OnceLock<bool>,
     // Declared last: the functions above point into it.
     _library: libloading::Library,
 }
@@ -104,7 +105,7 @@ impl Library {
         // library lives in the same value as the functions.
         let functions = unsafe { Functions::resolve(&library) }
             .map_err(|error| Error::new(error.kind(), format!("{}: {error}", path.display())))?;
-        Ok(Self(Arc::new(Inner { functions, path: path.to_owned(), _library: library })))
+        Ok(Self(Arc::new(Inner { functions, path: path.to_owned(), forgets: OnceLock::new(), _library: library })))
     }
 
     /// The path it was opened by.
@@ -114,6 +115,11 @@ impl Library {
 
     pub(crate) fn functions(&self) -> &Functions {
         &self.0.functions
+    }
+
+    /// Whether it forgets to delete the handles it makes for what is bound. Tried once.
+    pub(crate) fn forgets(&self, attempt: impl FnOnce() -> bool) -> bool {
+        *self.0.forgets.get_or_init(attempt)
     }
 
     /// Turns the status of a call into a result, with the library's own message where it keeps one.

@@ -1,6 +1,6 @@
 //! The functions of libtorch's C shim that this crate calls, found in a libtorch that is given or already loaded.
 //!
-//! Signatures are those of `torch/csrc/inductor/aoti_torch/c/shim.h` (2.13 and 2.15).
+//! Signatures are those of `torch/csrc/inductor/aoti_torch/c/shim.h` and `torch/csrc/stable/c/shim.h` (2.13 to 2.15).
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
@@ -37,6 +37,9 @@ symbols! {
             fn(*mut c_void, i64, *const i64, *const i64, i64, i32, i32, i32, *mut RawTensor, i32, *const u8, i64) -> i32;
     }
     optional {
+        from_blob_watched = "torch_from_blob":
+            fn(*mut c_void, i64, *const i64, *const i64, i64, i32, i32, i32, *mut RawTensor, i32, *const u8, i64,
+               unsafe extern "C" fn(*mut c_void, *mut c_void), *mut c_void) -> i32;
         clone_strided = "aoti_torch_clone_preserve_strides": fn(RawTensor, *mut RawTensor) -> i32;
         num_threads = "_ZN2at15get_num_threadsEv": fn() -> i32;
         set_num_threads = "_ZN2at15set_num_threadsEi": fn(i32) -> ();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import zipfile
 from typing import TYPE_CHECKING, Any
@@ -93,8 +94,12 @@ def in_no_folder(kind: type[nn.Module], path: Path) -> None:
 
 
 def load(path: Path) -> torch.export.ExportedProgram:
-    """torch's own loader, which may warn that a file is old."""
-    loaded: torch.export.ExportedProgram = torch.export.load(path)
+    """torch's own loader, which may warn that a file is old; 2.13 has a placeholder too many in what it logs then."""
+    logging.disable(logging.WARNING)
+    try:
+        loaded: torch.export.ExportedProgram = torch.export.load(path)
+    finally:
+        logging.disable(logging.NOTSET)
     return loaded
 
 

@@ -176,9 +176,11 @@ _, status = os.waitpid(pid, 0)
 print(status)
 """
 
-# A call is interrupted: the exception comes when it returns, and the model works on.
+# A call is interrupted: the exception comes when it returns, and the model works on. Whoever runs these tests in the
+# background has shells ignore Ctrl-C for them.
 INTERRUPT = """
 import os, signal, sys, threading, time, torch, reweft.torch as rt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model, x = rt.load(sys.argv[1]), torch.ones(1024, 1024)
 started = time.monotonic()
 wanted = model(x)
@@ -200,6 +202,7 @@ print(torch.equal(model(x), wanted))
 # A call that waits behind another one of thirty seconds is left by Ctrl-C at once, and by whatever a handler raises.
 QUEUED = """
 import os, signal, sys, threading, time, torch, reweft.torch as rt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model, x = rt.load(sys.argv[1]), torch.ones(1024, 1024)
 model(x)
 busy = threading.Thread(target=lambda: model._run_chunks([[x]] * 1000), daemon=True)

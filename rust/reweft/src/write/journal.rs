@@ -6,9 +6,10 @@
 //!
 //! ```text
 //! magic, inode, length of the file
-//! place, length, bytes      for each range; a place of all ones and the number of ranges end the list
+//! place, length             of each range, with the BLAKE3 of its bytes and the bytes
+//! all ones, count           end the list
 //! BLAKE3 of the file's end  with the ranges as zeros: directory and names, which do not change
-//! BLAKE3 of all before
+//! BLAKE3 of all before but the ranges' bytes
 //! ```
 
 use std::ffi::OsString;
@@ -26,14 +27,13 @@ use super::atomic::{PRIVATE, keep_owner, sync_folder, temporary};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
-const MAGIC: [u8; 16] = *b"reweft-journal\n\x01";
+const MAGIC: [u8; 16] = *b"reweft-journal\n\x02";
 /// Ends the list of ranges.
 const END: u64 = u64::MAX;
 /// Bytes at the end of the file that tell whose journal it is.
 const TAIL_NBYTES: u64 = 64 << 10;
 /// Bytes that pass through memory at a time.
 const CHUNK_NBYTES: usize = 1 << 20;
-const HASH_NBYTES: u64 = 32;
 
 /// A file that nobody else writes to or has mapped, as far as they lock it as we do.
 #[derive(Debug)]
@@ -129,7 +129,9 @@ fn journal_path(file: &Path) -> PathBuf {
 /// A journal that is being written, under a temporary name.
 pub(super) struct Journal<'a> {
     locked: &'a Locked,
-    out: BufWriter<Hashed<NamedTempFile>>,
+    out: BufWriter<NamedTempFile>,
+    /// Of all but the ranges' bytes, which have hashes of their own.
+    hasher: blake3::Hasher,
     ranges: Vec<Range<u64>>,
 }
 
@@ -139,9 +141,8 @@ impl<'a> Journal<'a> {
     /// # Errors
     /// [`ErrorKind::Io`].
     pub fn begin(locked: &'a Locked) -> Result<Self> {
-        let file = locked.temporary()?;
-        let out = BufWriter::with_capacity(CHUNK_NBYTES, Hashed { inner: file, hasher: blake3::Hasher::new() });
-        let mut journal = Self { locked, out, ranges: Vec::new() };
+        let out = BufWriter::with_capacity(CHUNK_NBYTES, locked.temporary()?);
+        let mut journal = Self { locked, out, hasher: blake3::Hasher::new(), ranges: Vec::new() };
         let (inode, length) = locked.inode()?;
         journal.put(&MAGIC)?;
         journal.put(&inode.to_le_bytes())?;
@@ -150,6 +151,11 @@ impl<'a> Journal<'a> {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hasher.update(bytes);
+        self.put_unhashed(bytes)
+    }
+
+    fn put_unhashed(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write_all(bytes).map_err(|error| Error::io("write the journal", error).in_file(&self.locked.path))
     }
 
@@ -158,15 +164,16 @@ impl<'a> Journal<'a> {
         self.ranges.is_empty()
     }
 
-    /// Adds bytes and their place in the file.
+    /// Adds bytes, with their BLAKE3 and their place in the file. Threads that share a journal hash before they lock it.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
-    pub fn add(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+    pub fn add(&mut self, at: u64, bytes: &[u8], hash: blake3::Hash) -> Result<()> {
         self.ranges.push(at..at + bytes.len() as u64);
         self.put(&at.to_le_bytes())?;
         self.put(&(bytes.len() as u64).to_le_bytes())?;
-        self.put(bytes)
+        self.put(hash.as_bytes())?;
+        self.put_unhashed(bytes)
     }
 
     /// Gives the journal its name; from then on the file counts as rewritten.
@@ -179,11 +186,11 @@ impl<'a> Journal<'a> {
         self.put(&END.to_le_bytes())?;
         self.put(&count.to_le_bytes())?;
         self.put(&tail)?;
+        let hash = self.hasher.finalize();
+        self.put_unhashed(hash.as_bytes())?;
         let path = journal_path(&self.locked.path);
         let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.locked.path);
-        let Hashed { mut inner, hasher } =
-            self.out.into_inner().map_err(|error| failed("write the journal", error.into_error()))?;
-        inner.write_all(hasher.finalize().as_bytes()).map_err(|error| failed("write the journal", error))?;
+        let inner = self.out.into_inner().map_err(|error| failed("write the journal", error.into_error()))?;
         inner.as_file().sync_all().map_err(|error| failed("fsync the journal", error))?;
         // Another process could have left one here only while it held the lock.
         inner.persist(&path).map_err(|error| failed("rename the journal", error.error))?;
@@ -214,7 +221,8 @@ impl Committed {
         let mut write = |at: u64, bytes: &[u8]| {
             locked.file.write_all_at(bytes, at).map_err(|error| Error::io("write", error).in_file(&locked.path))
         };
-        read_ranges(&journal, &mut write).map_err(unfinished)?;
+        // Of its hashes none are compared here: it was written by us just now, or checked.
+        read_ranges(&journal, false, &mut write).map_err(|error| unfinished(error.into_error()))?;
         locked.file.sync_data().map_err(|error| failed("fdatasync", error))?;
         fs::remove_file(&self.path).map_err(|error| failed("remove the journal", error))?;
         close_aside(journal);
@@ -223,35 +231,22 @@ impl Committed {
         sync_folder(&locked.path).map_err(|error| error.with_hint(hint))
     }
 
-    /// Compares hash and file.
+    /// Compares hashes and file.
     fn check(&self, locked: &Locked) -> Result<()> {
         let refused = |what: &str, hint: &str| {
             let what = format!("an in-place rewrite was cut short, and its journal {what}");
             let hint = format!("{hint} {}", self.path.display());
             Error::format(what).in_file(&locked.path).with_hint(hint)
         };
-        let damaged = |what: &str| refused(what, "restore the file; then remove");
         let failed = |error| Error::io("read the journal", error).in_file(&self.path);
-        let file = File::open(&self.path).map_err(failed)?;
-        let nbytes = file.metadata().map_err(failed)?.len();
-        let covered = nbytes.checked_sub(HASH_NBYTES).ok_or_else(|| damaged("is too short"))?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader((&file).take(covered)).map_err(failed)?;
-        let mut ends = [0; 64];
-        let tail_at = covered.checked_sub(HASH_NBYTES).ok_or_else(|| damaged("is too short"))?;
-        file.read_exact_at(&mut ends, tail_at).map_err(failed)?;
-        let (tail, hash) = ends.split_at(32);
-        if hasher.finalize().as_bytes() != hash {
-            return Err(damaged("is damaged"));
-        }
-        let mut ranges = Vec::new();
         let journal = File::open(&self.path).map_err(failed)?;
-        let (inode, length) = read_ranges(&journal, &mut |at, bytes| {
-            ranges.push(at..at.saturating_add(bytes.len() as u64));
-            Ok(())
-        })?;
-        let fits = ranges.iter().all(|range| range.end <= length);
-        if (inode, length) != locked.inode()? || !fits || locked.tail_hash(&ranges)? != tail {
+        let found = match read_ranges(&journal, true, &mut |_, _| Ok(())) {
+            Err(Unread::Damaged) => return Err(refused("is damaged", "restore the file; then remove")),
+            Err(Unread::Failed(error)) => return Err(error.in_file(&self.path)),
+            Ok(found) => found,
+        };
+        let fits = found.ranges.iter().all(|range| range.end <= found.length);
+        if (found.inode, found.length) != locked.inode()? || !fits || locked.tail_hash(&found.ranges)? != found.tail {
             let hint = "if this file is the one that you want, remove";
             return Err(refused("is of another file that had this name", hint));
         }
@@ -259,36 +254,85 @@ impl Committed {
     }
 }
 
-/// Hands over each range of a journal, long ones in pieces; gives the inode and length of the file that it is of.
-fn read_ranges(journal: &File, take: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<(u64, u64)> {
-    let failed = |error| Error::io("read the journal", error);
-    let mut journal = BufReader::with_capacity(CHUNK_NBYTES, journal);
-    let mut number = || -> Result<u64> {
-        let mut bytes = [0; 8];
-        journal.read_exact(&mut bytes).map_err(failed)?;
-        Ok(u64::from_le_bytes(bytes))
-    };
-    let magic = [number()?, number()?].map(u64::to_le_bytes);
-    if magic.as_flattened() != MAGIC {
-        return Err(Error::new(ErrorKind::Unsupported, "the journal of an in-place rewrite is of another version"));
-    }
-    let (inode, length) = (number()?, number()?);
-    let mut buffer = vec![0; CHUNK_NBYTES];
-    loop {
-        let mut head = [0; 16];
-        journal.read_exact(&mut head).map_err(failed)?;
-        let (at, nbytes) = head.split_at(8);
-        let value = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
-        let (mut at, mut left) = (value(at), value(nbytes));
-        if at == END {
-            return Ok((inode, length));
+/// What a journal says of itself.
+struct Contents {
+    inode: u64,
+    length: u64,
+    ranges: Vec<Range<u64>>,
+    tail: [u8; 32],
+}
+
+/// Why a journal was not read to its end.
+enum Unread {
+    /// It is cut short, or a hash is another.
+    Damaged,
+    Failed(Error),
+}
+
+impl Unread {
+    fn into_error(self) -> Error {
+        match self {
+            Self::Damaged => Error::format("the journal of an in-place rewrite is damaged"),
+            Self::Failed(error) => error,
         }
+    }
+}
+
+impl From<io::Error> for Unread {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::Damaged,
+            _ => Self::Failed(Error::io("read the journal", error)),
+        }
+    }
+}
+
+/// Hands over each range of a journal, long ones in pieces, and compares all hashes on the way if `checked`.
+fn read_ranges(
+    journal: &File,
+    checked: bool,
+    take: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+) -> std::result::Result<Contents, Unread> {
+    let mut journal = BufReader::with_capacity(CHUNK_NBYTES, journal);
+    let mut hasher = blake3::Hasher::new();
+    let mut head = [0; 32];
+    journal.read_exact(&mut head)?;
+    hasher.update(&head);
+    if head[..16] != MAGIC {
+        let what = "the journal of an in-place rewrite is of another version";
+        return Err(Unread::Failed(Error::new(ErrorKind::Unsupported, what)));
+    }
+    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+    let (inode, length) = (number(&head[16..24]), number(&head[24..]));
+    let (mut ranges, mut buffer) = (Vec::new(), vec![0; CHUNK_NBYTES]);
+    loop {
+        let (mut place, mut hash) = ([0; 16], [0; 32]);
+        journal.read_exact(&mut place)?;
+        // Of a range, or of the file's end.
+        journal.read_exact(&mut hash)?;
+        hasher.update(&place).update(&hash);
+        let (mut at, mut left) = (number(&place[..8]), number(&place[8..]));
+        if at == END {
+            let mut whole = [0; 32];
+            journal.read_exact(&mut whole)?;
+            let rest = journal.read(&mut [0])?;
+            let is_whole = rest == 0 && left == ranges.len() as u64 && *hasher.finalize().as_bytes() == whole;
+            return if is_whole { Ok(Contents { inode, length, ranges, tail: hash }) } else { Err(Unread::Damaged) };
+        }
+        ranges.push(at..at.saturating_add(left));
+        let mut bytes = blake3::Hasher::new();
         while left > 0 {
             let chunk = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_NBYTES);
-            journal.read_exact(&mut buffer[..chunk]).map_err(failed)?;
-            take(at, &buffer[..chunk])?;
+            journal.read_exact(&mut buffer[..chunk])?;
+            if checked {
+                bytes.update(&buffer[..chunk]);
+            }
+            take(at, &buffer[..chunk]).map_err(Unread::Failed)?;
             at = at.saturating_add(chunk as u64);
             left -= chunk as u64;
+        }
+        if checked && *bytes.finalize().as_bytes() != hash {
+            return Err(Unread::Damaged);
         }
     }
 }
@@ -320,22 +364,4 @@ pub fn recover(path: &Path) -> Result<()> {
     let committed = Committed { path: journal };
     committed.check(&locked)?;
     committed.apply(&locked)
-}
-
-/// Hashes what is written.
-struct Hashed<W> {
-    inner: W,
-    hasher: blake3::Hasher,
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..count]);
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }

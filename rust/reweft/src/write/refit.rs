@@ -133,14 +133,17 @@ pub fn refit_in_place(
     let job = Job::new(plan, artifact, checkpoint)?;
     let journal = Mutex::new(Journal::begin(&locked)?);
     let write = |at: u64, bytes: &[u8], changed: bool| {
-        let journal = || journal.lock().unwrap_or_else(PoisonError::into_inner);
-        if changed { journal().add(at, bytes) } else { Ok(()) }
+        if !changed {
+            return Ok(());
+        }
+        let hash = blake3::hash(bytes);
+        journal.lock().unwrap_or_else(PoisonError::into_inner).add(at, bytes, hash)
     };
     let (filled, pieces) = job.run(&[], &write, &|_| Ok(()), progress)?;
     let mut journal = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !journal.is_empty() {
         for (at, bytes) in job.patches(&filled, pieces)? {
-            journal.add(at, &bytes)?;
+            journal.add(at, &bytes, blake3::hash(&bytes))?;
         }
         job.finish()?;
         journal.commit()?.apply(&locked)?;

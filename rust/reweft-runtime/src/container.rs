@@ -137,10 +137,10 @@ impl Container {
         Ok(this)
     }
 
-    /// Gives the program the operators that it leaves to its host.
+    /// Gives the program the operators that it leaves to its host, if it leaves any.
     #[must_use]
-    pub fn with_operators(mut self, operators: Arc<dyn Operators>) -> Self {
-        self.proxy = Some(Box::new(Proxy::new(&self.torch, operators)));
+    pub fn with_operators(mut self, operators: Option<Arc<dyn Operators>>) -> Self {
+        self.proxy = operators.map(|operators| Box::new(Proxy::new(&self.torch, operators)));
         self
     }
 

@@ -13,7 +13,7 @@ use reweft::plan::{Allow, Finding, Plan, Running, plan_running};
 use reweft::source::Access;
 use reweft::write::{self, RefitReport};
 use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::binding::Binding;
 use crate::cache::open_library;
@@ -22,7 +22,7 @@ use crate::host;
 use crate::library::Library;
 use crate::permits::Interrupted;
 use crate::process::{Threads, Use, Uses, is_forked};
-use crate::proxy::{OpenOperators, Operators};
+use crate::proxy::{self, OpenOperators};
 use crate::serving::Serving;
 use crate::slots::{Filled, Held, Spare, fill, info, no_weights, packaged};
 use crate::tensor::Tensor;
@@ -130,8 +130,10 @@ pub struct Model {
     ///
     /// Dropping bytes may take the interpreter lock, so nobody who holds that may wait for this.
     live: Mutex<Vec<Held>>,
-    /// Memory for the next copies, if such is kept. Taken while `live` is locked.
-    spare: Option<Mutex<Spare>>,
+    /// Whether the memory of weights that were replaced is kept for the next copies.
+    standby: bool,
+    /// That memory; none without `standby`. Taken while `live` is locked.
+    spare: Mutex<Spare>,
     load_report: Option<LiveReport>,
 }
 
@@ -155,9 +157,9 @@ impl Model {
     /// # Errors
     /// [`ErrorKind::Format`] for a damaged package, [`ErrorKind::Unsupported`] for one that has no manifest (nothing says
     /// which inputs it takes), with operators that it leaves to a host that has none, for a device of another kind than
-    /// the process has, or for another machine, processor or torch, in which case none of its code was loaded; [`ErrorKind::Usage`] for
-    /// several replicas of a program that writes to buffers; [`ErrorKind::Run`] if the loader or the program refuses;
-    /// [`ErrorKind::Mismatch`] if the options' weights do not fit.
+    /// the process has, or for another machine, processor or torch, in which case none of its code was loaded;
+    /// [`ErrorKind::Usage`] for several replicas of a program that writes to buffers; [`ErrorKind::Run`] if the loader or
+    /// the program refuses; [`ErrorKind::Mismatch`] if the options' weights do not fit.
     ///
     /// # Safety
     /// Runs native code from the package: `path` must come from somebody you would run a program of.
@@ -176,7 +178,7 @@ impl Model {
             None => Torch::from_process()?,
         };
         notices.extend(host::check_torch(manifest.torch(), torch.abi_version()).map_err(in_file)?);
-        let operators = operators(&artifact, &torch, options.operators).map_err(in_file)?;
+        let operators = proxy::open(&artifact, &torch, options.operators).map_err(in_file)?;
         // SAFETY: the caller vouches for the package.
         let library = unsafe { unpack_library(&artifact, &torch).map_err(in_file)? };
         let serving = Serving::open(&torch, &library, device, options.replicas, options.single_threaded, operators)?;
@@ -199,7 +201,8 @@ impl Model {
             baked_threads,
             uses: Uses::new(),
             live: Mutex::default(),
-            spare: options.standby.then(Mutex::default),
+            standby: options.standby,
+            spare: Mutex::default(),
             load_report,
         };
         model.bind(live, &mut model.live())?;
@@ -234,7 +237,8 @@ impl Model {
             baked_threads: self.baked_threads,
             uses: Uses::new(),
             live: Mutex::default(),
-            spare: self.spare.as_ref().map(|_| Mutex::default()),
+            standby: self.standby,
+            spare: Mutex::default(),
             load_report: self.load_report.clone(),
         };
         twin.bind(self.copied(), &mut twin.live())?;
@@ -413,13 +417,11 @@ impl Model {
         let planned = plan_running(&self.artifact, checkpoint, options.allow, running)?;
         planned.check()?;
         let mut next = live.clone();
-        let mut spare = self.spare.as_ref().map(|spare| spare.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut none = Spare::default();
-        let room = spare.as_deref_mut().unwrap_or(&mut none);
-        let filled = fill(&self.artifact, checkpoint, &planned, options.lend, room, &mut next)?;
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let filled = fill(&self.artifact, checkpoint, &planned, options.lend, &mut spare, &mut next)?;
         let old = self.bind(next, &mut live)?;
-        if let Some(spare) = &mut spare {
-            **spare = Spare::of(old);
+        if self.standby {
+            *spare = Spare::of(old);
         }
         Ok(report(&planned, checkpoint, filled))
     }
@@ -583,43 +585,6 @@ fn check_runnable<'a>(artifact: &'a Artifact, options: &ModelOptions) -> Result<
         return Err(Error::new(ErrorKind::Usage, what).of_key(&slot.name).with_hint("open it with one replica"));
     }
     Ok(manifest)
-}
-
-/// The operators that the program leaves to its host, if it has such.
-fn operators(artifact: &Artifact, torch: &Torch, open: Option<OpenOperators>) -> Result<Option<Arc<dyn Operators>>> {
-    let Some((archive, Some(record))) = artifact.package().map(|(archive, model)| (archive, &model.extern_nodes))
-    else {
-        return Ok(None);
-    };
-    let text = archive.read(record)?;
-    let nodes: ExternNodes = serde_json::from_slice(&text)
-        .map_err(|error| Error::format(format!("operators of the host: {error}")).in_record(record))?;
-    let mut targets: Vec<_> = nodes.nodes.into_iter().map(|node| node.node.target).collect();
-    if targets.is_empty() {
-        return Ok(None);
-    }
-    let Some(open) = open else {
-        targets.dedup();
-        let what = format!("the program leaves operators to Python: {}", targets.join(", "));
-        return Err(Error::new(ErrorKind::Unsupported, what).with_hint("run it with reweft.torch.load"));
-    };
-    open(torch, &String::from_utf8_lossy(&text)).map(Some)
-}
-
-/// As much of torch's `ExternKernelNodes` as is read here.
-#[derive(Deserialize)]
-struct ExternNodes {
-    nodes: Vec<ExternNode>,
-}
-
-#[derive(Deserialize)]
-struct ExternNode {
-    node: Node,
-}
-
-#[derive(Deserialize)]
-struct Node {
-    target: String,
 }
 
 /// Weights are bound where the host has them, so the program's device must be one that reads host memory.

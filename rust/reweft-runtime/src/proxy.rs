@@ -9,6 +9,9 @@ use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use reweft::Artifact;
+use serde::Deserialize;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::Tensor;
 use crate::torch::{RawTensor, Torch};
@@ -28,6 +31,51 @@ pub trait Operators: Send + Sync {
 
 /// Makes operators from what a package says of them: the JSON text that torch calls `ExternKernelNodes`.
 pub type OpenOperators = fn(&Torch, &str) -> reweft::Result<Arc<dyn Operators>>;
+
+/// The operators that a package's program leaves to its host, if it has such.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`](reweft::ErrorKind::Unsupported) without a way to make them, which names them;
+/// [`ErrorKind::Format`](reweft::ErrorKind::Format) for a text that does not say what they are; what `open` gives.
+pub(crate) fn open(
+    artifact: &Artifact,
+    torch: &Torch,
+    open: Option<OpenOperators>,
+) -> reweft::Result<Option<Arc<dyn Operators>>> {
+    let Some((archive, Some(record))) = artifact.package().map(|(archive, model)| (archive, &model.extern_nodes))
+    else {
+        return Ok(None);
+    };
+    let text = archive.read(record)?;
+    let nodes: ExternNodes = serde_json::from_slice(&text)
+        .map_err(|error| reweft::Error::format(format!("operators of the host: {error}")).in_record(record))?;
+    let mut targets: Vec<_> = nodes.nodes.into_iter().map(|node| node.node.target).collect();
+    if targets.is_empty() {
+        return Ok(None);
+    }
+    let Some(open) = open else {
+        targets.dedup();
+        let what = format!("the program leaves operators to Python: {}", targets.join(", "));
+        return Err(reweft::Error::new(reweft::ErrorKind::Unsupported, what).with_hint("run it with reweft.torch.load"));
+    };
+    open(torch, &String::from_utf8_lossy(&text)).map(Some)
+}
+
+/// As much of torch's `ExternKernelNodes` as is read here.
+#[derive(Deserialize)]
+struct ExternNodes {
+    nodes: Vec<ExternNode>,
+}
+
+#[derive(Deserialize)]
+struct ExternNode {
+    node: Node,
+}
+
+#[derive(Deserialize)]
+struct Node {
+    target: String,
+}
 
 /// The operators of one container, as the object that generated code calls.
 #[repr(C)]

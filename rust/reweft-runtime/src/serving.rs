@@ -47,7 +47,7 @@ impl Serving {
         operators: Option<Arc<dyn Operators>>,
     ) -> Result<Self> {
         let first = Container::open(torch, library, device, replicas, single_threaded)?;
-        let first = with_operators(first, operators.as_ref());
+        let first = first.with_operators(operators.clone());
         Ok(Self {
             torch: torch.clone(),
             library: library.clone(),
@@ -193,8 +193,7 @@ impl Serving {
             return Ok(second);
         }
         let second = Container::open(&self.torch, &self.library, self.device, self.replicas, self.single_threaded)?;
-        let second = with_operators(second, self.operators.as_ref());
-        Ok(self.second.get_or_init(|| second))
+        Ok(self.second.get_or_init(|| second.with_operators(self.operators.clone())))
     }
 
     fn side(&self, on_second: bool) -> &Container {
@@ -203,13 +202,6 @@ impl Serving {
 
     fn lock(&self) -> MutexGuard<'_, bool> {
         lock(&self.on_second)
-    }
-}
-
-fn with_operators(container: Container, operators: Option<&Arc<dyn Operators>>) -> Container {
-    match operators {
-        Some(operators) => container.with_operators(Arc::clone(operators)),
-        None => container,
     }
 }
 

@@ -206,7 +206,7 @@ fn nbytes<'a>(slots: impl IntoIterator<Item = &'a Slot>) -> u64 {
     slots.into_iter().map(|slot| slot.nbytes).sum()
 }
 
-/// Memory of weights that were replaced, for the next ones: pages that are new cost ten times what is copied into them.
+/// Memory of weights that were replaced, for the next ones: pages that are new cost several times what is copied into them.
 #[derive(Default)]
 pub(crate) struct Spare(Vec<Lines>);
 
@@ -302,13 +302,8 @@ fn in_memory(checkpoint: &Checkpoint, key: &str) -> Result<Option<(Source, u64)>
 /// Makes a slot's bytes in memory of the model's own.
 fn copied(checkpoint: &Checkpoint, slot: &Slot, recipe: &Recipe, mut lines: Lines) -> Result<Place> {
     let there = recipe.plain_key().map(|key| in_memory(checkpoint, key)).transpose()?.flatten();
-    let bytes = match &there {
-        Some((source, start)) => {
-            let bytes = source.as_slice().map(|bytes| reweft::source::slice(bytes, *start, slot.nbytes));
-            bytes.transpose()?
-        }
-        None => None,
-    };
+    let there = there.map(|(source, start)| window(source, start, slot.nbytes)).transpose()?;
+    let bytes = there.as_ref().and_then(|source| source.as_slice());
     if !bytes.is_some_and(|bytes| lines.fill(bytes)) {
         recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
     }

@@ -61,8 +61,8 @@ pub struct RefitReport {
 ///
 /// # Errors
 /// [`ErrorKind::Mismatch`] for a plan with blocking findings; [`ErrorKind::Usage`] if `out` is a file of the checkpoint
-/// or of the original weights, or the plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes meanwhile; read errors
-/// and [`ErrorKind::Io`]. `out` is then as it was.
+/// or of the original weights, or the plan is of other files; [`ErrorKind::Format`] for a wrong CRC or a file that changes
+/// meanwhile; read errors and [`ErrorKind::Io`]. `out` is then as it was.
 pub fn refit(
     plan: &Plan,
     artifact: &Artifact,

@@ -222,7 +222,7 @@ impl Committed {
             locked.file.write_all_at(bytes, at).map_err(|error| Error::io("write", error).in_file(&locked.path))
         };
         // Of its hashes none are compared here: it was written by us just now, or checked.
-        read_ranges(&journal, false, &mut write).map_err(|error| unfinished(error.into_error()))?;
+        read_ranges(&journal, false, &mut write).map_err(unfinished)?;
         locked.file.sync_data().map_err(|error| failed("fdatasync", error))?;
         fs::remove_file(&self.path).map_err(|error| failed("remove the journal", error))?;
         close_aside(journal);
@@ -241,9 +241,10 @@ impl Committed {
         let failed = |error| Error::io("read the journal", error).in_file(&self.path);
         let journal = File::open(&self.path).map_err(failed)?;
         let found = match read_ranges(&journal, true, &mut |_, _| Ok(())) {
-            Err(Unread::Damaged) => return Err(refused("is damaged", "restore the file; then remove")),
-            Err(Unread::Failed(error)) => return Err(error.in_file(&self.path)),
-            Ok(found) => found,
+            Err(error) if error.kind() == ErrorKind::Format => {
+                return Err(refused("is damaged", "restore the file; then remove"));
+            }
+            found => found.map_err(|error| error.in_file(&self.path))?,
         };
         let fits = found.ranges.iter().all(|range| range.end <= found.length);
         if (found.inode, found.length) != locked.inode()? || !fits || locked.tail_hash(&found.ranges)? != found.tail {
@@ -262,77 +263,55 @@ struct Contents {
     tail: [u8; 32],
 }
 
-/// Why a journal was not read to its end.
-enum Unread {
-    /// It is cut short, or a hash is another.
-    Damaged,
-    Failed(Error),
-}
-
-impl Unread {
-    fn into_error(self) -> Error {
-        match self {
-            Self::Damaged => Error::format("the journal of an in-place rewrite is damaged"),
-            Self::Failed(error) => error,
-        }
-    }
-}
-
-impl From<io::Error> for Unread {
-    fn from(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::UnexpectedEof => Self::Damaged,
-            _ => Self::Failed(Error::io("read the journal", error)),
-        }
-    }
-}
-
 /// Hands over each range of a journal, long ones in pieces, and compares all hashes on the way if `checked`.
-fn read_ranges(
-    journal: &File,
-    checked: bool,
-    take: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
-) -> std::result::Result<Contents, Unread> {
+///
+/// # Errors
+/// [`ErrorKind::Format`] for one that is cut short or damaged, [`ErrorKind::Unsupported`] for one of another version,
+/// [`ErrorKind::Io`]; what `take` gives.
+fn read_ranges(journal: &File, checked: bool, take: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<Contents> {
+    let damaged = || Error::format("the journal of an in-place rewrite is damaged");
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => damaged(),
+        _ => Error::io("read the journal", error),
+    };
+    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
     let mut journal = BufReader::with_capacity(CHUNK_NBYTES, journal);
     let mut hasher = blake3::Hasher::new();
     let mut head = [0; 32];
-    journal.read_exact(&mut head)?;
+    journal.read_exact(&mut head).map_err(failed)?;
     hasher.update(&head);
     if head[..16] != MAGIC {
-        let what = "the journal of an in-place rewrite is of another version";
-        return Err(Unread::Failed(Error::new(ErrorKind::Unsupported, what)));
+        return Err(Error::new(ErrorKind::Unsupported, "the journal of an in-place rewrite is of another version"));
     }
-    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
     let (inode, length) = (number(&head[16..24]), number(&head[24..]));
     let (mut ranges, mut buffer) = (Vec::new(), vec![0; CHUNK_NBYTES]);
     loop {
+        // Place and length of a range with its hash; at the end the marker, the count, and the hash of the file's end.
         let (mut place, mut hash) = ([0; 16], [0; 32]);
-        journal.read_exact(&mut place)?;
-        // Of a range, or of the file's end.
-        journal.read_exact(&mut hash)?;
+        journal.read_exact(&mut place).and_then(|()| journal.read_exact(&mut hash)).map_err(failed)?;
         hasher.update(&place).update(&hash);
         let (mut at, mut left) = (number(&place[..8]), number(&place[8..]));
         if at == END {
             let mut whole = [0; 32];
-            journal.read_exact(&mut whole)?;
-            let rest = journal.read(&mut [0])?;
+            journal.read_exact(&mut whole).map_err(failed)?;
+            let rest = journal.read(&mut [0]).map_err(failed)?;
             let is_whole = rest == 0 && left == ranges.len() as u64 && *hasher.finalize().as_bytes() == whole;
-            return if is_whole { Ok(Contents { inode, length, ranges, tail: hash }) } else { Err(Unread::Damaged) };
+            return if is_whole { Ok(Contents { inode, length, ranges, tail: hash }) } else { Err(damaged()) };
         }
         ranges.push(at..at.saturating_add(left));
         let mut bytes = blake3::Hasher::new();
         while left > 0 {
             let chunk = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_NBYTES);
-            journal.read_exact(&mut buffer[..chunk])?;
+            journal.read_exact(&mut buffer[..chunk]).map_err(failed)?;
             if checked {
                 bytes.update(&buffer[..chunk]);
             }
-            take(at, &buffer[..chunk]).map_err(Unread::Failed)?;
+            take(at, &buffer[..chunk])?;
             at = at.saturating_add(chunk as u64);
             left -= chunk as u64;
         }
         if checked && *bytes.finalize().as_bytes() != hash {
-            return Err(Unread::Damaged);
+            return Err(damaged());
         }
     }
 }

@@ -456,3 +456,13 @@ def test_why_a_folder_is_not_used(cli: Cli, cache: Path, monkeypatch: pytest.Mon
     assert cli("cache", "path").stdout == ""
     monkeypatch.setenv("REWEFT_CACHE_SIZE", "many")
     assert "REWEFT_CACHE_SIZE" in cli.fails("cache", "list")
+
+
+def test_output_that_cannot_be_written_is_named(command: str, digits: Package, training: Path, tmp_path: Path) -> None:
+    line = [command, "refit", str(digits.path), str(training), *UNWRAP, "-o", "out.pt2"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: write to standard output: No space left" in done.stderr
+    assert "a file that was to be written is there" in done.stderr
+    assert (tmp_path / "out.pt2").exists()

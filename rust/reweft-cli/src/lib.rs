@@ -53,14 +53,18 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Ok(true) => DONE,
         Ok(false) => DIFFERENT,
         // A reader that closed the pipe has seen what it wanted.
-        Err(error) if is_broken_pipe(&error) => DONE,
+        Err(error) if of_stdout(&error).is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) => DONE,
         Err(error) => {
-            output::error(&error);
+            let unprinted = of_stdout(&error).map(|error| {
+                anyhow::anyhow!("write to standard output: {error}\nhint: a file that was to be written is there")
+            });
+            output::error(&unprinted.unwrap_or(error));
             ERROR
         }
     }
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+/// What stdout gave. Errors of files are the engine's.
+fn of_stdout(error: &anyhow::Error) -> Option<&io::Error> {
+    error.downcast_ref()
 }

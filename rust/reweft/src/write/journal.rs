@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! magic, inode, length of the file
-//! place, length             of each range, with the BLAKE3 of its bytes and the bytes
+//! place, length, CRC-32     of each range, then its bytes
 //! all ones, count           end the list
 //! BLAKE3 of the file's end  with the ranges as zeros: directory and names, which do not change
 //! BLAKE3 of all before but the ranges' bytes
@@ -14,7 +14,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -27,13 +27,14 @@ use super::atomic::{PRIVATE, keep_owner, sync_folder, temporary};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
-const MAGIC: [u8; 16] = *b"reweft-journal\n\x02";
+const MAGIC: [u8; 16] = *b"reweft-journal\n\x03";
 /// Ends the list of ranges.
 const END: u64 = u64::MAX;
 /// Bytes at the end of the file that tell whose journal it is.
 const TAIL_NBYTES: u64 = 64 << 10;
-/// Bytes that pass through memory at a time.
-const CHUNK_NBYTES: usize = 1 << 20;
+/// Bytes of a journal that are read or written at a time. Whole blocks at places of whole blocks: 13 MB took 34 ms to write
+/// and sync, and 47 ms in pieces of 64 KiB between other things, on ext4.
+const BLOCK_NBYTES: usize = 1 << 20;
 
 /// A file that nobody else writes to or has mapped, as far as they lock it as we do.
 #[derive(Debug)]
@@ -129,8 +130,10 @@ fn journal_path(file: &Path) -> PathBuf {
 /// A journal that is being written, under a temporary name.
 pub(super) struct Journal<'a> {
     locked: &'a Locked,
-    out: BufWriter<NamedTempFile>,
-    /// Of all but the ranges' bytes, which have hashes of their own.
+    out: NamedTempFile,
+    /// What is not written yet; less than a block.
+    block: Vec<u8>,
+    /// Of all but the ranges' bytes, which have a CRC.
     hasher: blake3::Hasher,
     ranges: Vec<Range<u64>>,
 }
@@ -141,8 +144,8 @@ impl<'a> Journal<'a> {
     /// # Errors
     /// [`ErrorKind::Io`].
     pub fn begin(locked: &'a Locked) -> Result<Self> {
-        let out = BufWriter::with_capacity(CHUNK_NBYTES, locked.temporary()?);
-        let mut journal = Self { locked, out, hasher: blake3::Hasher::new(), ranges: Vec::new() };
+        let (out, block) = (locked.temporary()?, Vec::with_capacity(BLOCK_NBYTES));
+        let mut journal = Self { locked, out, block, hasher: blake3::Hasher::new(), ranges: Vec::new() };
         let (inode, length) = locked.inode()?;
         journal.put(&MAGIC)?;
         journal.put(&inode.to_le_bytes())?;
@@ -155,8 +158,23 @@ impl<'a> Journal<'a> {
         self.put_unhashed(bytes)
     }
 
-    fn put_unhashed(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|error| Error::io("write the journal", error).in_file(&self.locked.path))
+    fn put_unhashed(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(BLOCK_NBYTES - self.block.len()));
+            self.block.extend_from_slice(now);
+            if self.block.len() == BLOCK_NBYTES {
+                self.flush()?;
+            }
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let written = self.out.write_all(&self.block);
+        written.map_err(|error| Error::io("write the journal", error).in_file(&self.locked.path))?;
+        self.block.clear();
+        Ok(())
     }
 
     /// Whether nothing is to be written.
@@ -164,15 +182,15 @@ impl<'a> Journal<'a> {
         self.ranges.is_empty()
     }
 
-    /// Adds bytes, with their BLAKE3 and their place in the file. Threads that share a journal hash before they lock it.
+    /// Adds bytes, with their CRC-32 and their place in the file.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
-    pub fn add(&mut self, at: u64, bytes: &[u8], hash: blake3::Hash) -> Result<()> {
+    pub fn add(&mut self, at: u64, bytes: &[u8], crc: u32) -> Result<()> {
         self.ranges.push(at..at + bytes.len() as u64);
         self.put(&at.to_le_bytes())?;
         self.put(&(bytes.len() as u64).to_le_bytes())?;
-        self.put(hash.as_bytes())?;
+        self.put(&crc.to_le_bytes())?;
         self.put_unhashed(bytes)
     }
 
@@ -188,12 +206,12 @@ impl<'a> Journal<'a> {
         self.put(&tail)?;
         let hash = self.hasher.finalize();
         self.put_unhashed(hash.as_bytes())?;
+        self.flush()?;
         let path = journal_path(&self.locked.path);
         let failed = |doing: &str, error| Error::io(doing, error).in_file(&self.locked.path);
-        let inner = self.out.into_inner().map_err(|error| failed("write the journal", error.into_error()))?;
-        inner.as_file().sync_all().map_err(|error| failed("fsync the journal", error))?;
+        self.out.as_file().sync_all().map_err(|error| failed("fsync the journal", error))?;
         // Another process could have left one here only while it held the lock.
-        inner.persist(&path).map_err(|error| failed("rename the journal", error.error))?;
+        self.out.persist(&path).map_err(|error| failed("rename the journal", error.error))?;
         if let Err(error) = sync_folder(&path) {
             // It may not be on the disk, and the file is untouched: take it back.
             let _ = fs::remove_file(&path);
@@ -275,7 +293,7 @@ fn read_ranges(journal: &File, checked: bool, take: &mut dyn FnMut(u64, &[u8]) -
         _ => Error::io("read the journal", error),
     };
     let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
-    let mut journal = BufReader::with_capacity(CHUNK_NBYTES, journal);
+    let mut journal = BufReader::with_capacity(BLOCK_NBYTES, journal);
     let mut hasher = blake3::Hasher::new();
     let mut head = [0; 32];
     journal.read_exact(&mut head).map_err(failed)?;
@@ -284,33 +302,46 @@ fn read_ranges(journal: &File, checked: bool, take: &mut dyn FnMut(u64, &[u8]) -
         return Err(Error::new(ErrorKind::Unsupported, "the journal of an in-place rewrite is of another version"));
     }
     let (inode, length) = (number(&head[16..24]), number(&head[24..]));
-    let (mut ranges, mut buffer) = (Vec::new(), vec![0; CHUNK_NBYTES]);
+    let mut ranges = Vec::new();
     loop {
-        // Place and length of a range with its hash; at the end the marker, the count, and the hash of the file's end.
-        let (mut place, mut hash) = ([0; 16], [0; 32]);
-        journal.read_exact(&mut place).and_then(|()| journal.read_exact(&mut hash)).map_err(failed)?;
-        hasher.update(&place).update(&hash);
+        // Place and length of a range; at the end the marker and the count.
+        let mut place = [0; 16];
+        journal.read_exact(&mut place).map_err(failed)?;
+        hasher.update(&place);
         let (mut at, mut left) = (number(&place[..8]), number(&place[8..]));
         if at == END {
-            let mut whole = [0; 32];
-            journal.read_exact(&mut whole).map_err(failed)?;
+            let (mut tail, mut whole) = ([0; 32], [0; 32]);
+            journal.read_exact(&mut tail).and_then(|()| journal.read_exact(&mut whole)).map_err(failed)?;
             let rest = journal.read(&mut [0]).map_err(failed)?;
-            let is_whole = rest == 0 && left == ranges.len() as u64 && *hasher.finalize().as_bytes() == whole;
-            return if is_whole { Ok(Contents { inode, length, ranges, tail: hash }) } else { Err(damaged()) };
+            let is_same = *hasher.update(&tail).finalize().as_bytes() == whole;
+            let is_whole = rest == 0 && left == ranges.len() as u64 && is_same;
+            return if is_whole { Ok(Contents { inode, length, ranges, tail }) } else { Err(damaged()) };
         }
+        let mut crc = [0; 4];
+        journal.read_exact(&mut crc).map_err(failed)?;
+        hasher.update(&crc);
         ranges.push(at..at.saturating_add(left));
-        let mut bytes = blake3::Hasher::new();
+        let mut bytes = crc32fast::Hasher::new();
         while left > 0 {
-            let chunk = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_NBYTES);
-            journal.read_exact(&mut buffer[..chunk]).map_err(failed)?;
-            if checked {
-                bytes.update(&buffer[..chunk]);
+            // From the reader's own buffer: to read them out of it would copy them once more.
+            let chunk = match journal.fill_buf() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                found => found.map_err(failed)?,
+            };
+            if chunk.is_empty() {
+                return Err(damaged());
             }
-            take(at, &buffer[..chunk])?;
-            at = at.saturating_add(chunk as u64);
-            left -= chunk as u64;
+            let chunk = &chunk[..chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX))];
+            if checked {
+                bytes.update(chunk);
+            }
+            take(at, chunk)?;
+            let nbytes = chunk.len();
+            journal.consume(nbytes);
+            at = at.saturating_add(nbytes as u64);
+            left -= nbytes as u64;
         }
-        if checked && *bytes.finalize().as_bytes() != hash {
+        if checked && bytes.finalize().to_le_bytes() != crc {
             return Err(damaged());
         }
     }

@@ -79,8 +79,8 @@ pub fn refit(
     let file = AtomicFile::create_private(out)?;
     let flusher = Flusher::new(&file);
     let cloned = clone_whole(artifact.source(), &file);
-    let write = |at: u64, bytes: &[u8], _| {
-        file.write_at(bytes, at)?;
+    let write = |bytes: &[u8], piece: &Piece| {
+        file.write_at(bytes, piece.change.range.start)?;
         flusher.wrote(bytes.len() as u64)
     };
     let keep = |Range { start, end }: Range<u64>| {
@@ -132,18 +132,17 @@ pub fn refit_in_place(
     // What the file states is read once more under the lock: whoever rewrote it since it was opened is noticed.
     let job = Job::new(plan, artifact, checkpoint)?;
     let journal = Mutex::new(Journal::begin(&locked)?);
-    let write = |at: u64, bytes: &[u8], changed: bool| {
-        if !changed {
+    let write = |bytes: &[u8], piece: &Piece| {
+        if !piece.changed {
             return Ok(());
         }
-        let hash = blake3::hash(bytes);
-        journal.lock().unwrap_or_else(PoisonError::into_inner).add(at, bytes, hash)
+        journal.lock().unwrap_or_else(PoisonError::into_inner).add(piece.change.range.start, bytes, piece.change.after)
     };
     let (filled, pieces) = job.run(&[], &write, &|_| Ok(()), progress)?;
     let mut journal = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !journal.is_empty() {
         for (at, bytes) in job.patches(&filled, pieces)? {
-            journal.add(at, &bytes, blake3::hash(&bytes))?;
+            journal.add(at, &bytes, crc32fast::hash(&bytes))?;
         }
         job.finish()?;
         journal.commit()?.apply(&locked)?;
@@ -187,7 +186,7 @@ pub fn verify(
     // Without bytes to compare the plan says so.
     if artifact.absent().is_none() {
         let job = Job { counts: true, ..Job::new(plan, artifact, checkpoint)? };
-        let (found, pieces) = job.run(&job.kept(false), &|_, _, _| Ok(()), &|_| Ok(()), progress)?;
+        let (found, pieces) = job.run(&job.kept(false), &|_, _| Ok(()), &|_| Ok(()), progress)?;
         job.check(&pieces)?;
         for (fill, found) in job.fills.iter().zip(&found) {
             differences.extend(fill.differences(found));
@@ -216,8 +215,8 @@ fn refuse_own_bytes(artifact: &Artifact, checkpoint: &Checkpoint) -> Result<()> 
     Ok(())
 }
 
-/// Takes a piece of a slot's new bytes, its place in the file, and whether it differs from what is there.
-type Write<'a> = &'a (dyn Fn(u64, &[u8], bool) -> Result<()> + Sync);
+/// Takes a piece of a slot's new bytes, and what is known of it.
+type Write<'a> = &'a (dyn Fn(&[u8], &Piece) -> Result<()> + Sync);
 /// Takes a range of the file that stays.
 type Keep<'a> = &'a (dyn Fn(Range<u64>) -> Result<()> + Sync);
 
@@ -415,7 +414,7 @@ impl<'a> Job<'a> {
             for place in &fill.places {
                 let at = place + first;
                 let (piece, differ) = self.compare(at, bytes, &mut old)?;
-                write(at, bytes, piece.changed)?;
+                write(bytes, &piece)?;
                 filled.changed |= piece.changed;
                 filled.differ += differ;
                 pieces.push(piece);

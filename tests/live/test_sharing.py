@@ -399,9 +399,7 @@ class TestChunks:
 
     @staticmethod
     def run(model: rt.CompiledModule, chunks: Sequence[tuple[torch.Tensor, ...]]) -> list[list[torch.Tensor]]:
-        handles = [torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(chunk)) for chunk in chunks]
-        outputs = model._core.run_chunks(handles)
-        return [torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(one) for one in outputs]
+        return model._core.run_chunks([list(chunk) for chunk in chunks])
 
     @pytest.mark.parametrize("replicas", [1, 2, 3])
     @pytest.mark.parametrize("count", [0, 1, 2, 7])

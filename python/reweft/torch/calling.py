@@ -13,7 +13,7 @@ from reweft.torch.signature import constant, flatten, value_of
 from reweft.torch.tensors import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from reweft import _core
 
@@ -38,7 +38,7 @@ class Call:
         self.outputs = stated["outputs"]
         self._is_single = self._out_spec.is_leaf() and self.outputs == ["tensor"]
         # Nothing but tensors, one after the other: the structure is the tuple itself.
-        self._flat = len(self.inputs) == len(self._leaves) and self._in_spec == _flat_spec(len(self._leaves))
+        self.is_flat = len(self.inputs) == len(self._leaves) and self._in_spec == _flat_spec(len(self._leaves))
 
     def arguments(self, core: _core.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The program's inputs.
@@ -64,7 +64,7 @@ class Call:
             UsageError: The arguments have another structure than the examples had.
             MismatchError: A tensor has another dtype or device, or a value that is none is another one.
         """
-        is_flat = self._flat and not kwargs and len(args) == len(self.inputs)
+        is_flat = self.is_flat and not kwargs and len(args) == len(self.inputs)
         if is_flat and all(isinstance(value, torch.Tensor) for value in args):
             leaves: Iterable[Any] = args
         else:
@@ -88,10 +88,10 @@ class Call:
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
         return tuple(args), dict(kwargs)
 
-    def results(self, tensors: Iterator[torch.Tensor | None]) -> Any:
+    def results(self, tensors: list[torch.Tensor | None]) -> Any:
         """What the program gave, in the structure that the module gives."""
         if self._is_single:
-            return next(tensors)
+            return tensors[0]
         leaves: list[Any] = []
         for stated, tensor in zip(self.outputs, tensors, strict=True):
             if stated == "tensor":
@@ -135,7 +135,7 @@ class Batches:
             torch.cat([chunk[number] for chunk in results]).narrow(0, 0, rows) if stated == "tensor" else None
             for number, stated in enumerate(self._call.outputs)
         ]
-        return self._call.results(iter(joined))
+        return self._call.results(joined)
 
     def _rows(self, given: list[torch.Tensor]) -> int:
         first = self._call.inputs[0]

@@ -20,7 +20,7 @@ from reweft.errors import UsageError
 from reweft.torch.calling import Batches, Call
 from reweft.torch.host import HostWarning
 from reweft.torch.sources import Source, source_of
-from reweft.torch.tensors import handles_of, tensor, tensors_of
+from reweft.torch.tensors import tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,12 +94,14 @@ class CompiledModule:
         """
         if self._batches is not None:
             return self._batches.run(self._run_chunks, args, kwargs)
-        inputs = self._call.arguments(self._core, args, kwargs)
-        return self._call.results(iter(tensors_of(self._core.run(handles_of(inputs)))))
+        outputs = self._core.run_fitting(args) if self._call.is_flat and not kwargs else None
+        if outputs is None:
+            outputs = self._core.run(self._call.arguments(self._core, args, kwargs))
+        return self._call.results(outputs)
 
     def _run_chunks(self, chunks: list[list[torch.Tensor]]) -> list[list[Any]]:
         """Run once for each chunk, all on one set of weights, as many at a time as there are replicas."""
-        return [tensors_of(outputs) for outputs in self._core.run_chunks([handles_of(inputs) for inputs in chunks])]
+        return self._core.run_chunks(chunks)
 
     def _twin(self) -> CompiledModule:
         """A second model of the same program with the same weights."""

@@ -15,7 +15,6 @@ import torch
 from torch._export.serde import serialize
 
 from reweft.errors import RunError, UnsupportedError
-from reweft.torch.tensors import handles_of, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,9 +66,9 @@ class Operators:
         self.num_inputs = [node.num_inputs for node in self._nodes]
         self.names = [node.name for node in self._nodes]
 
-    def run(self, number: int, numbers: list[int], inputs: list[Any]) -> list[Any]:
-        """Run one on tensor handles in capsules, which are taken; gives handles of its results."""
-        return handles_of(self._nodes[number].run(iter(numbers), iter(tensors_of(inputs))))
+    def run(self, number: int, numbers: list[int], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run one; gives its results."""
+        return self._nodes[number].run(iter(numbers), iter(inputs))
 
 
 class _Node:

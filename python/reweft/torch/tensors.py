@@ -18,21 +18,7 @@ if TYPE_CHECKING:
 
     from reweft.checkpoint import TensorInfo
 
-__all__ = ["checkpoint_of", "dtype_name", "handles_of", "held_tensors", "tensor", "tensors_of"]
-
-
-# torch documents no public functions that pass tensors without a copy; these two do it by handle.
-def handles_of(tensors: list[torch.Tensor]) -> list[Any]:
-    """Handles of tensors in capsules, for whoever takes them."""
-    handles: list[Any] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)  # noqa: SLF001
-    return handles
-
-
-def tensors_of(handles: list[Any]) -> list[torch.Tensor | None]:
-    """The tensors of handles, which are taken; None stays None."""
-    there = [handle for handle in handles if handle is not None]
-    made = iter(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(there))  # noqa: SLF001
-    return [None if handle is None else next(made) for handle in handles]
+__all__ = ["checkpoint_of", "dtype_name", "held_tensors", "tensor"]
 
 
 @cache

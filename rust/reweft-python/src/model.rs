@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyList, PyTuple};
 use reweft::artifact::manifest::{Batching, Manifest, RefitRule};
 use reweft::plan::Allow;
 use reweft::source::Access;
 use reweft::{Artifact, Limits};
-use reweft_runtime::{Interrupted, ModelOptions, OpenOperators, RefitOptions, Tensor};
+use reweft_runtime::{Interrupted, ModelOptions, OpenOperators, RefitOptions};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -99,23 +99,30 @@ impl Model {
         Ok(self.0.call_spec()?)
     }
 
-    /// Runs on tensor handles in capsules, which are taken; gives handles in capsules, or None.
-    fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyList>) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
+    /// Runs on tensors, which must be on the CPU and without a gradient; gives tensors, or None where there is none.
+    fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyList>) -> PyResult<Bound<'py, PyList>> {
         let inputs = handles::take(self.0.torch(), inputs)?;
         let outputs = interruptible(py, |interrupted| self.0.run_unless(inputs, interrupted))?;
-        give(py, outputs)
+        handles::give(py, outputs)
+    }
+
+    /// Runs on positional arguments if they are just what the program takes, to the stride; None if they are not. What is
+    /// wrong with them, or how to make them fit, is left to whoever asks.
+    fn run_fitting<'py>(&self, py: Python<'py>, args: &Bound<'py, PyTuple>) -> PyResult<Option<Bound<'py, PyList>>> {
+        if !handles::are_plain(args)? {
+            return Ok(None);
+        }
+        let inputs = handles::take(self.0.torch(), &args.to_list())?;
+        let outputs = interruptible(py, |interrupted| self.0.run_fitting(inputs, interrupted))?;
+        outputs.map(|outputs| handles::give(py, outputs)).transpose()
     }
 
     /// Runs on chunks of inputs, all on one set of weights.
-    fn run_chunks<'py>(
-        &self,
-        py: Python<'py>,
-        chunks: Vec<Bound<'py, PyList>>,
-    ) -> PyResult<Vec<Vec<Option<Bound<'py, PyAny>>>>> {
+    fn run_chunks<'py>(&self, py: Python<'py>, chunks: Vec<Bound<'py, PyList>>) -> PyResult<Vec<Bound<'py, PyList>>> {
         let chunks: PyResult<_> = chunks.iter().map(|inputs| handles::take(self.0.torch(), inputs)).collect();
         let chunks = chunks?;
         let outputs = interruptible(py, |interrupted| self.0.run_chunks_unless(chunks, interrupted))?;
-        outputs.into_iter().map(|outputs| give(py, outputs)).collect()
+        outputs.into_iter().map(|outputs| handles::give(py, outputs)).collect()
     }
 
     /// Replaces the weights; gives the report as JSON.
@@ -225,10 +232,6 @@ fn interruptible<T: Send>(
         Some(error) => Err(error),
         None => done.map_err(|error| operators::raised(py, error)),
     }
-}
-
-fn give(py: Python<'_>, outputs: Vec<Option<Tensor>>) -> PyResult<Vec<Option<Bound<'_, PyAny>>>> {
-    outputs.into_iter().map(|tensor| tensor.map(|tensor| handles::give(py, tensor)).transpose()).collect()
 }
 
 fn wrong_threads(found: i64) -> reweft::Error {

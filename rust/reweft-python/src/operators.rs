@@ -64,9 +64,8 @@ impl Operators for PythonOperators {
     fn run(&self, node: usize, numbers: &[i64], inputs: Vec<Tensor>) -> reweft::Result<Vec<Tensor>> {
         Python::attach(|py| {
             let run = || {
-                let inputs: Vec<_> =
-                    inputs.into_iter().map(|tensor| handles::give(py, tensor)).collect::<PyResult<_>>()?;
-                let outputs = self.run.bind(py).call1((node, numbers.to_vec(), PyList::new(py, inputs)?))?;
+                let inputs = handles::give(py, inputs.into_iter().map(Some).collect())?;
+                let outputs = self.run.bind(py).call1((node, numbers.to_vec(), inputs))?;
                 handles::take(&self.torch, outputs.cast::<PyList>()?)
             };
             run().map_err(|raised| {

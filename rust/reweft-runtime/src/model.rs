@@ -320,11 +320,35 @@ impl Model {
     /// # Errors
     /// As [`run`](Self::run); [`ErrorKind::Run`] if it is given up.
     pub fn run_unless(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
-        self.check_inputs(&inputs)?;
+        self.check_inputs(&inputs, false)?;
+        // SAFETY: the inputs have just been checked.
+        unsafe { self.run_checked(inputs, interrupted) }
+    }
+
+    /// [`run_unless`](Self::run_unless) if the inputs are what the program takes, also where strides mean nothing: of
+    /// dimensions with one element or none. `None` if they are not.
+    ///
+    /// # Errors
+    /// As [`run_unless`](Self::run_unless), but for inputs that do not fit.
+    pub fn run_fitting(
+        &self,
+        inputs: Vec<Tensor>,
+        interrupted: Interrupted<'_>,
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        if self.check_inputs(&inputs, true).is_err() {
+            return Ok(None);
+        }
+        // SAFETY: the inputs have just been checked.
+        unsafe { self.run_checked(inputs, interrupted) }.map(Some)
+    }
+
+    /// # Safety
+    /// `inputs` passed `check_inputs`.
+    unsafe fn run_checked(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
         let _use = self.enter()?;
         let _threads = self.set_threads()?;
-        // SAFETY: every input has just been checked to be what the program was compiled for, and a program that writes
-        // to buffers has one replica, so that its calls follow one another.
+        // SAFETY: every input is what the program was compiled for, and a program that writes to buffers has one
+        // replica, so that its calls follow one another.
         unsafe { self.serving.run(inputs, interrupted) }.map_err(|error| self.explained(error))
     }
 
@@ -346,7 +370,7 @@ impl Model {
         chunks: Vec<Vec<Tensor>>,
         interrupted: Interrupted<'_>,
     ) -> Result<Vec<Vec<Option<Tensor>>>> {
-        chunks.iter().try_for_each(|inputs| self.check_inputs(inputs))?;
+        chunks.iter().try_for_each(|inputs| self.check_inputs(inputs, false))?;
         let _use = self.enter()?;
         let _threads = self.set_threads()?;
         // Where this thread could set the number, others can.
@@ -355,7 +379,7 @@ impl Model {
         unsafe { self.serving.run_chunks(chunks, &prepare, interrupted) }.map_err(|error| self.explained(error))
     }
 
-    fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
+    fn check_inputs(&self, inputs: &[Tensor], all_strides: bool) -> Result<()> {
         if inputs.len() != self.inputs.len() {
             let what = format!("{} inputs, the program takes {}", inputs.len(), self.inputs.len());
             return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
@@ -373,7 +397,7 @@ impl Model {
                 None => error,
             };
             let expected = wanted.fixed.as_ref().or_else(|| varying.get(number));
-            check_input(tensor, wanted, expected).map_err(of_input).map_err(in_file)?;
+            check_input(tensor, wanted, expected, all_strides).map_err(of_input).map_err(in_file)?;
         }
         Ok(())
     }
@@ -535,8 +559,9 @@ impl Model {
 
     /// Sets the number of threads of a call. A forked process has one: libgomp would wait for threads that are not there.
     fn set_threads(&self) -> Result<Option<Threads<'_>>> {
+        let forked = is_forked();
         let count = match self.threads {
-            _ if is_forked() && self.baked_threads > 1 => {
+            _ if forked && self.baked_threads > 1 => {
                 let baked = self.baked_threads;
                 let what = format!(
                     "the program was compiled for {baked} threads, and this process was forked after torch was loaded"
@@ -545,7 +570,7 @@ impl Model {
                     .in_file(self.artifact.path())
                     .with_hint("start processes with spawn, or trace it with torch.set_num_threads(1)"));
             }
-            _ if is_forked() => 1,
+            _ if forked => 1,
             Some(count) => i32::from(count.get().cast_signed()).max(1),
             None => return Ok(None),
         };
@@ -633,7 +658,7 @@ fn input_types(signature: &Signature) -> Result<Vec<InputType>> {
     signature.inputs.iter().map(|input| parse(input).map_err(|error: Error| error.of_key(&input.name))).collect()
 }
 
-fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>) -> Result<()> {
+fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>, all_strides: bool) -> Result<()> {
     let (dtype, shape, strides, device) = (tensor.dtype()?, tensor.shape()?, tensor.strides()?, tensor.device()?);
     let differs = |what: &str, found: String, wanted: String| {
         Err(Error::new(ErrorKind::Mismatch, format!("input has {what} {found}, the program takes {wanted}")))
@@ -648,8 +673,8 @@ fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>)
     if device.kind != wanted.device.kind {
         return differs("device", device.to_string(), wanted.device.to_string());
     }
-    let counts = |dim: &usize| shape[*dim] > 1;
-    if !shape.contains(&0) && (0..shape.len()).filter(counts).any(|dim| strides[dim] != expected.strides[dim]) {
+    let counts = |dim: &usize| all_strides || (shape[*dim] > 1 && !shape.contains(&0));
+    if (0..shape.len()).filter(counts).any(|dim| strides[dim] != expected.strides[dim]) {
         return differs("strides", format!("{strides:?}"), format!("{:?}", expected.strides));
     }
     Ok(())

@@ -24,6 +24,8 @@ pub(crate) struct Permits {
 
 struct State {
     free: usize,
+    /// Calls that wait. Without any, nobody has to be woken, which would cost the system a call.
+    waiting: usize,
     /// Who goes before all calls, and waits.
     first: usize,
 }
@@ -40,7 +42,7 @@ pub(crate) struct Permit<'a>(&'a Permits);
 
 impl Permits {
     pub fn new(count: usize) -> Self {
-        let state = Mutex::new(State { free: count, first: 0 });
+        let state = Mutex::new(State { free: count, waiting: 0, first: 0 });
         Self { state, freed: Condvar::new(), freed_for_first: Condvar::new() }
     }
 
@@ -51,8 +53,10 @@ impl Permits {
     pub fn acquire(&self, interrupted: Interrupted<'_>) -> Result<Permit<'_>> {
         let mut state = self.lock();
         while state.is_busy() {
+            state.waiting += 1;
             let (found, waited) = self.freed.wait_timeout(state, ASK_AFTER).unwrap_or_else(PoisonError::into_inner);
             state = found;
+            state.waiting -= 1;
             // Whoever was woken takes the permit and does not ask, so that no wake-up is lost.
             if waited.timed_out() && state.is_busy() {
                 drop(state);
@@ -100,7 +104,11 @@ impl Drop for Permit<'_> {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.free += 1;
-        if state.first > 0 { &self.0.freed_for_first } else { &self.0.freed }.notify_one();
+        match (state.first, state.waiting) {
+            (0, 0) => {}
+            (0, _) => self.0.freed.notify_one(),
+            _ => self.0.freed_for_first.notify_one(),
+        }
     }
 }
 

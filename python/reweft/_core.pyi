@@ -1,7 +1,6 @@
 """Types of the extension module. It converts and registers; the classes to use are in `reweft`."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
@@ -77,11 +76,7 @@ class Checkpoint:
     @staticmethod
     def of_artifact(path: _StrPath) -> Checkpoint: ...
     @staticmethod
-    def from_buffers(
-        name: _StrPath,
-        storages: Sequence[NDArray[np.uint8]],
-        tensors: list[tuple[str, str, list[int], list[int], int, int]],
-    ) -> Checkpoint: ...
+    def from_tensors(name: _StrPath, keys: list[str], tensors: list[Any]) -> Checkpoint: ...
     def rekey(self, keys: KeyMap) -> Checkpoint: ...
     def cast(self, dtype: str) -> Checkpoint: ...
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,6 +86,39 @@ def test_tensors_in_memory_are_seen_without_a_copy() -> None:
     array = checkpoint_of({"x": value.t()})["x"].numpy()
     assert array.__array_interface__["data"][0] == value.data_ptr()
     assert np.array_equal(array, value.t().numpy())
+
+
+def test_tensors_in_memory_of_one_storage() -> None:
+    whole = torch.arange(12, dtype=torch.int16).view(3, 4)
+    found = checkpoint_of(
+        {"whole": whole, "row": whole[1], "turned": whole.t()[2:], "none": whole[:0], "other": whole + 1}
+    )
+    assert all(
+        np.array_equal(found[key].numpy(), value) for key, value in (("row", whole[1]), ("turned", whole.t()[2:]))
+    )
+    assert found["whole"].storage == found["row"].storage
+    assert found["whole"].storage != found["other"].storage
+    assert found["none"].shape == (0, 4)
+
+
+def test_storages_that_begin_at_one_place_are_not_taken_for_one() -> None:
+    # Arrays that are passed to torch make storages of any length over the same memory.
+    array = np.arange(8, dtype=np.float32)
+    found = checkpoint_of({"short": torch.from_numpy(array[:2]), "long": torch.from_numpy(array)})
+    assert np.array_equal(found["long"].numpy(), array)
+    assert np.array_equal(found["short"].numpy(), array[:2])
+
+
+def test_tensors_in_memory_outlive_their_tensors() -> None:
+    value = torch.full((1 << 20,), 3.0)
+    found = checkpoint_of({"x": value})
+    # Another storage for the tensor, and no other owner of the first one.
+    value.data = torch.zeros(4)
+    del value
+    gc.collect()
+    others = [torch.full((1 << 20,), 7.0) for _ in range(4)]
+    assert others
+    assert np.all(found["x"].numpy() == 3.0)
 
 
 def test_bytes_and_arrays_agree(tmp_path: Path) -> None:

@@ -187,14 +187,7 @@ def test_a_local_header_that_lies_is_found_in_small_and_large_records(tmp_path: 
 
 def test_tensors_in_memory(tmp_path: Path) -> None:
     state = {key: value.contiguous() for key, value in zoo().items()}
-    rows, storages = [], []
-    for number, (key, value) in enumerate(state.items()):
-        storages.append(
-            value.reshape(-1).view(torch.uint8).numpy() if value.numel() else torch.zeros(0).numpy().view("u1")
-        )
-        name = str(value.dtype).removeprefix("torch.")
-        rows.append((key, name, list(value.shape), list(value.stride()), number, 0))
-    checkpoint = _core.Checkpoint.from_buffers("memory", storages, rows)
+    checkpoint = _core.Checkpoint.from_tensors("memory", list(state), list(state.values()))
     _core.convert(checkpoint, tmp_path / "x.safetensors", target=None, shared="error", max_shard=None, sync=False)
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(raw(loaded[key]) == raw(value) for key, value in state.items())

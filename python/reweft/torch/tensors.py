@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils import _pytree as pytree
@@ -64,23 +64,8 @@ def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dic
         >>> checkpoint_of({"a": torch.zeros(2, 3)})["a"].shape
         (2, 3)
     """
-    storages: list[Any] = []
-    numbers: dict[int, int] = {}
-    rows: list[tuple[str, str, list[int], list[int], int, int]] = []
-    for key, value in state_dict.items():
-        held = _plain(key, value, name)
-        storage = held.untyped_storage()
-        address = storage.data_ptr()
-        # An empty storage has no address of its own.
-        number = numbers.get(address) if address else None
-        if number is None:
-            number = numbers[address] = len(storages)
-            storages.append(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
-        rows.append(
-            (key, dtype_name(held.dtype), list(held.shape), list(held.stride()), number, int(held.storage_offset()))
-        )
-    core = _core.Checkpoint.from_buffers(Path(name), storages, rows)
-    return Checkpoint(core)
+    tensors = [_plain(key, value, name) for key, value in state_dict.items()]
+    return Checkpoint(_core.Checkpoint.from_tensors(Path(name), list(state_dict), tensors))
 
 
 def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,16 +1,17 @@
 //! Checkpoints, tensors and key maps for Python.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyList};
 use reweft::source::{Access, Source};
 use reweft::{Dtype, OpenOptions};
 
 use crate::buffer::{Borrowed, Buffer};
 use crate::error::Result;
+use crate::handles;
 
 /// A selection and ordered rules; see `reweft.KeyMap`.
 #[pyclass(frozen, module = "reweft._core")]
@@ -89,9 +90,6 @@ impl From<&reweft::TensorInfo> for TensorInfo {
 #[pyclass(frozen, module = "reweft._core")]
 pub struct Checkpoint(pub Arc<reweft::Checkpoint>);
 
-/// Key, dtype, shape, strides, storage number, storage offset.
-type TensorRow = (String, String, Vec<u64>, Vec<u64>, usize, u64);
-
 #[pymethods]
 impl Checkpoint {
     /// Opens a file.
@@ -135,12 +133,10 @@ impl Checkpoint {
         Ok(Self(Arc::new(weights?)))
     }
 
-    /// Makes a checkpoint of buffers; they are borrowed, not copied.
+    /// Makes a checkpoint of torch tensors that are plain and on the CPU; they are borrowed, not copied.
     #[staticmethod]
-    fn from_buffers(name: PathBuf, storages: Vec<Bound<'_, PyAny>>, tensors: Vec<TensorRow>) -> PyResult<Self> {
-        let storages: PyResult<Vec<Source>> =
-            storages.iter().map(|object| Ok(Arc::new(Borrowed::new(object)?) as Source)).collect();
-        Ok(from_rows(&name, storages?, tensors)?)
+    fn from_tensors(name: PathBuf, keys: Vec<String>, tensors: &Bound<'_, PyList>) -> PyResult<Self> {
+        Ok(Self(Arc::new(handles::checkpoint(&name, keys, tensors)?)))
     }
 
     fn rekey(&self, keys: &KeyMap) -> Result<Self> {
@@ -235,15 +231,4 @@ fn options(access: Access, top_level_key: Option<String>, keys: Option<&KeyMap>)
 fn rekeyed(checkpoint: reweft::Checkpoint, keys: Option<&KeyMap>) -> Result<Checkpoint> {
     let checkpoint = if let Some(keys) = keys { checkpoint.rekey(&keys.0)? } else { checkpoint };
     Ok(Checkpoint(Arc::new(checkpoint)))
-}
-
-fn from_rows(name: &Path, storages: Vec<Source>, tensors: Vec<TensorRow>) -> Result<Checkpoint> {
-    let tensors: reweft::Result<Vec<_>> = tensors
-        .into_iter()
-        .map(|(key, dtype, shape, strides, storage, storage_offset)| {
-            let dtype = dtype_of(&dtype).map_err(|error| error.of_key(&key))?;
-            Ok((key, reweft::TensorInfo { dtype, shape, strides, storage, storage_offset }))
-        })
-        .collect();
-    Ok(Checkpoint(Arc::new(reweft::Checkpoint::from_memory(name, storages, tensors?)?)))
 }

@@ -6,13 +6,17 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::ptr;
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple};
 use pyo3::{ffi, intern};
+use reweft::source::{ReadAt, Source};
+use reweft::{Checkpoint, TensorInfo};
 use reweft_runtime::{Model, ModelOptions, Tensor, Torch};
 
 use crate::error::{Error, Result};
@@ -59,6 +63,93 @@ pub fn are_plain(args: &Bound<'_, PyTuple>) -> PyResult<bool> {
         }
     }
     Ok(true)
+}
+
+/// Sees tensors of the CPU as a checkpoint; no byte is copied. Storages that several share are there once.
+///
+/// # Errors
+/// As [`take`], and for a dtype that has no name.
+pub fn checkpoint(name: &Path, keys: Vec<String>, tensors: &Bound<'_, PyList>) -> PyResult<Checkpoint> {
+    let taken = take(torch()?, tensors)?;
+    let mut numbers = HashMap::new();
+    let (mut storages, mut rows) = (Vec::new(), Vec::with_capacity(keys.len()));
+    for (key, tensor) in keys.into_iter().zip(&taken) {
+        let found = described(tensor, &mut numbers, &mut storages);
+        let info = found.map_err(|error| Error::from(error.of_key(&key).in_file(name)))?;
+        rows.push((key, info));
+    }
+    Ok(Checkpoint::from_memory(name, storages, rows).map_err(Error::from)?)
+}
+
+/// What is known of a tensor, with the number of its storage among those that are known.
+fn described(
+    tensor: &Tensor,
+    numbers: &mut HashMap<(usize, u64), usize>,
+    storages: &mut Vec<Source>,
+) -> reweft::Result<TensorInfo> {
+    let unsigned = |sizes: Vec<i64>| sizes.into_iter().map(i64::unsigned_abs).collect::<Vec<_>>();
+    let dtype = tensor.dtype()?;
+    let (shape, strides) = (unsigned(tensor.shape()?), unsigned(tensor.strides()?));
+    let Some(first) = NonNull::new(tensor.data_ptr()?.cast::<u8>()).filter(|_| !shape.contains(&0)) else {
+        // What has no elements has no address either.
+        storages.push(Arc::new(Vec::new()));
+        return Ok(TensorInfo { dtype, shape, strides, storage: storages.len() - 1, storage_offset: 0 });
+    };
+    let (storage_offset, nbytes) = (tensor.storage_offset()?, tensor.storage_nbytes()?);
+    let before = dtype.nbytes(storage_offset).and_then(|before| usize::try_from(before).ok());
+    let wrong = || reweft::Error::format(format!("a storage offset of {storage_offset} elements"));
+    let address = before.and_then(|before| first.addr().get().checked_sub(before)).ok_or_else(wrong)?;
+    let storage = *numbers.entry((address, nbytes)).or_insert(storages.len());
+    if storage == storages.len() {
+        let start = first.as_ptr().wrapping_sub(first.addr().get() - address);
+        storages.push(Arc::new(Memory { start, nbytes, _storage: Mutex::new(tensor.of_storage()?) }));
+    }
+    Ok(TensorInfo { dtype, shape, strides, storage, storage_offset })
+}
+
+/// The libtorch of this process, found once.
+fn torch() -> PyResult<&'static Torch> {
+    static TORCH: OnceLock<Torch> = OnceLock::new();
+    if let Some(torch) = TORCH.get() {
+        return Ok(torch);
+    }
+    let found = Torch::from_process().map_err(|error| Error::from(reweft::Error::from(error)))?;
+    Ok(TORCH.get_or_init(|| found))
+}
+
+/// The bytes of a storage of torch, which this keeps alive.
+#[derive(Debug)]
+struct Memory {
+    start: *const u8,
+    nbytes: u64,
+    /// Nobody looks at it: a handle may be dropped on any thread, and used on one at a time.
+    _storage: Mutex<Tensor>,
+}
+
+// SAFETY: the address is only read from, and what it is of stays where it is while this lives.
+unsafe impl Send for Memory {}
+// SAFETY: the same.
+unsafe impl Sync for Memory {}
+
+impl ReadAt for Memory {
+    fn len(&self) -> u64 {
+        self.nbytes
+    }
+
+    fn read_exact_at(&self, byte_offset: u64, out: &mut [u8]) -> reweft::Result<()> {
+        let bytes = self.as_slice().unwrap_or_default();
+        out.copy_from_slice(reweft::source::slice(bytes, byte_offset, out.len() as u64)?);
+        Ok(())
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        let nbytes = usize::try_from(self.nbytes).ok()?;
+        // SAFETY: a storage of the CPU with elements is `nbytes` long and stays allocated while `_storage` holds it. That
+        // nobody writes to it meanwhile is the promise of the Python layer, which passes tensors of one call and drops
+        // them at its end; a torn read would give a wrong weight, never an invalid byte. Of tensors that are lent to a
+        // model (`copy=False`) only the address is taken from the slice after that.
+        Some(unsafe { std::slice::from_raw_parts(self.start, nbytes) })
+    }
 }
 
 /// Handles of tensors.

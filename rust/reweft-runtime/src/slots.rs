@@ -2,17 +2,19 @@
 
 use std::any::Any;
 use std::ffi::c_void;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use reweft::artifact::{Slot, manifest};
 use reweft::checkpoint::Format;
-use reweft::plan::Plan;
+use reweft::plan::{Plan, Refill};
 use reweft::recipe::Recipe;
 use reweft::source::{self, Source, Window, to_usize};
-use reweft::{Artifact, Checkpoint, Error, ErrorKind, Result, TensorInfo};
+use reweft::{Artifact, Checkpoint, Error, ErrorKind, Result, TensorInfo, parallel};
 
 use crate::memory::Lines;
 
+/// Copies of fewer bytes are made by one thread: to begin another takes as long.
+const SEVERAL_THREADS_NBYTES: u64 = 4 << 20;
 /// Names listed in a message about slots.
 const NAMES_SHOWN: usize = 5;
 
@@ -252,27 +254,45 @@ pub(crate) fn fill(
     spare: &mut Spare,
     slots: &mut [Held],
 ) -> Result<Filled> {
-    let (mut filled, mut names) = (Filled::default(), Vec::new());
+    let (mut filled, mut rest) = (Filled::default(), Vec::new());
     for refill in &plan.refills {
         let (Some(slot), Some(held)) = (artifact.slots().get(refill.slot), slots.get_mut(refill.slot)) else {
             return Err(Error::new(ErrorKind::Usage, "the plan is of another package").of_key(&refill.name));
         };
-        *held = if let Some(place) = shared(checkpoint, slot, refill.recipe.plain_key(), lend)? {
+        if let Some(place) = shared(checkpoint, slot, refill.recipe.plain_key(), lend)? {
             if matches!(place, Place::Lent(..)) {
                 filled.notices.extend(other_tied(checkpoint, slot));
             }
-            place.into()
+            *held = place.into();
         } else {
             filled.nbytes_copied += slot.nbytes;
-            names.push(slot.name.as_str());
-            copied(checkpoint, slot, &refill.recipe, spare.take(to_usize(slot.nbytes)?))?.into()
-        };
+            rest.push((refill, slot));
+        }
     }
-    if lend && !names.is_empty() {
+    let places = copies(checkpoint, &rest, filled.nbytes_copied, spare)?;
+    for ((refill, _), place) in rest.iter().zip(places) {
+        slots[refill.slot] = place.into();
+    }
+    if lend && !rest.is_empty() {
         let why = "of another dtype, layout or alignment than the slot, or not in memory, or written to by the program";
+        let names: Vec<&str> = rest.iter().map(|(_, slot)| slot.name.as_str()).collect();
         filled.notices.push(format!("copied and not shared, because {why}: {}", names.join(", ")));
     }
     Ok(filled)
+}
+
+/// Makes the bytes of slots, on several threads if they are many: one alone does not use all of the memory's speed.
+fn copies(checkpoint: &Checkpoint, slots: &[(&Refill, &Slot)], nbytes: u64, spare: &mut Spare) -> Result<Vec<Place>> {
+    let spare = Mutex::new(spare);
+    let copy = |number: usize| {
+        let (refill, slot) = slots[number];
+        let lines = spare.lock().unwrap_or_else(PoisonError::into_inner).take(to_usize(slot.nbytes)?);
+        copied(checkpoint, slot, &refill.recipe, lines)
+    };
+    if nbytes < SEVERAL_THREADS_NBYTES {
+        return (0..slots.len()).map(copy).collect();
+    }
+    parallel::run(slots.len(), nbytes, &|number, _| copy(number), &mut |_, _| ())
 }
 
 /// The checkpoint's own bytes for a slot, if they can serve as they are: mapped or in memory, in the slot's layout.

@@ -279,6 +279,34 @@ impl Tensor {
         u64::try_from(nbytes).map_err(|_| negative("storage size", nbytes))
     }
 
+    /// Elements from the start of the storage to the first element.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Call`] if libtorch refuses.
+    pub fn storage_offset(&self) -> Result<u64> {
+        let mut offset = 0;
+        let get = &self.torch.shim().storage_offset;
+        // SAFETY: `self.raw` is live (invariant of the type) and `offset` is writable.
+        self.torch.check(get, unsafe { (get.call)(self.as_raw(), &raw mut offset) })?;
+        u64::try_from(offset).map_err(|_| negative("storage offset", offset))
+    }
+
+    /// Makes a tensor of its own over the same storage. Copies no element. Unlike another handle it keeps that storage when
+    /// this tensor is given another one, as setting `data` in Python does.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Call`] if libtorch refuses.
+    pub fn of_storage(&self) -> Result<Self> {
+        let (shape, strides) = (self.shape()?, self.strides()?);
+        let ndim = i64::try_from(shape.len()).map_err(|_| Error::usage("more dimensions than can be counted"))?;
+        let make = &self.torch.shim().reinterpret;
+        let mut raw = null_mut();
+        // SAFETY: `self.raw` is live (invariant of the type), both arrays have `ndim` elements, `raw` is writable.
+        let status = unsafe { (make.call)(self.as_raw(), ndim, shape.as_ptr(), strides.as_ptr(), 0, &raw mut raw) };
+        // SAFETY: `raw` is what the call wrote, or null still.
+        unsafe { Self::created(&self.torch, make, status, raw) }
+    }
+
     /// The bytes of a contiguous tensor in host memory. Copies nothing.
     ///
     /// # Errors

@@ -22,6 +22,9 @@ symbols! {
         new_handle = "aoti_torch_new_tensor_handle": fn(RawTensor, *mut RawTensor) -> i32;
         data_ptr = "aoti_torch_get_data_ptr": fn(RawTensor, *mut *mut c_void) -> i32;
         storage_size = "aoti_torch_get_storage_size": fn(RawTensor, *mut i64) -> i32;
+        storage_offset = "aoti_torch_get_storage_offset": fn(RawTensor, *mut i64) -> i32;
+        reinterpret = "aoti_torch__reinterpret_tensor":
+            fn(RawTensor, i64, *const i64, *const i64, i64, *mut RawTensor) -> i32;
         dim = "aoti_torch_get_dim": fn(RawTensor, *mut i64) -> i32;
         sizes = "aoti_torch_get_sizes": fn(RawTensor, *mut *mut i64) -> i32;
         strides = "aoti_torch_get_strides": fn(RawTensor, *mut *mut i64) -> i32;

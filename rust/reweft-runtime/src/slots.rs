@@ -283,11 +283,13 @@ pub(crate) fn fill(
 
 /// Makes the bytes of slots, on several threads if they are many: one alone does not use all of the memory's speed.
 fn copies(checkpoint: &Checkpoint, slots: &[(&Refill, &Slot)], nbytes: u64, spare: &mut Spare) -> Result<Vec<Place>> {
-    let spare = Mutex::new(spare);
+    // Allocated by this thread: the allocator keeps what others allocate apart, and gives it back each time.
+    let memory = slots.iter().map(|(_, slot)| Ok(Mutex::new(spare.take(to_usize(slot.nbytes)?))));
+    let memory: Vec<Mutex<Lines>> = memory.collect::<Result<_>>()?;
     let copy = |number: usize| {
         let (refill, slot) = slots[number];
-        let lines = spare.lock().unwrap_or_else(PoisonError::into_inner).take(to_usize(slot.nbytes)?);
-        copied(checkpoint, slot, &refill.recipe, lines)
+        let mut lines = memory[number].lock().unwrap_or_else(PoisonError::into_inner);
+        copied(checkpoint, slot, &refill.recipe, std::mem::replace(&mut *lines, Lines::zeroed(0)))
     };
     if nbytes < SEVERAL_THREADS_NBYTES {
         return (0..slots.len()).map(copy).collect();

@@ -64,8 +64,8 @@ def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dic
         >>> checkpoint_of({"a": torch.zeros(2, 3)})["a"].shape
         (2, 3)
     """
-    tensors = [_plain(key, value, name) for key, value in state_dict.items()]
-    return Checkpoint(_core.Checkpoint.from_tensors(Path(name), list(state_dict), tensors))
+    plain = {key: _plain(key, value, name) for key, value in state_dict.items()}
+    return Checkpoint(_core.Checkpoint.from_tensors(Path(name), list(plain), list(plain.values())))
 
 
 def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

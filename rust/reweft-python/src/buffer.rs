@@ -107,9 +107,8 @@ impl Borrowed {
         }
         let start: *const u8 = ptr::NonNull::new(self.buffer.buf_ptr()).map_or(EMPTY.as_ptr(), |at| at.as_ptr().cast());
         // SAFETY: the buffer is C-contiguous and `len_bytes` long, and stays allocated while `self.buffer` holds it.
-        // That nobody writes to it meanwhile is the promise of the Python layer, which passes tensors of one call and
-        // drops them at its end; a torn read would give a wrong weight, never an invalid byte. Of tensors that are lent to
-        // a model (`copy=False`) only the address is taken from the slice after that.
+        // That nobody writes to it meanwhile is the promise of the Python layer, which passes bytes, that never change, and
+        // arrays of one call; a torn read would give a wrong value, never an invalid byte.
         unsafe { std::slice::from_raw_parts(start, self.buffer.len_bytes()) }
     }
 }

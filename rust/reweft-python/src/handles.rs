@@ -84,7 +84,7 @@ pub fn checkpoint(name: &Path, keys: Vec<String>, tensors: &Bound<'_, PyList>) -
 /// What is known of a tensor, with the number of its storage among those that are known.
 fn described(
     tensor: &Tensor,
-    numbers: &mut HashMap<(usize, u64), usize>,
+    numbers: &mut HashMap<(*mut u8, u64), usize>,
     storages: &mut Vec<Source>,
 ) -> reweft::Result<TensorInfo> {
     let unsigned = |sizes: Vec<i64>| sizes.into_iter().map(i64::unsigned_abs).collect::<Vec<_>>();
@@ -98,10 +98,9 @@ fn described(
     let (storage_offset, nbytes) = (tensor.storage_offset()?, tensor.storage_nbytes()?);
     let before = dtype.nbytes(storage_offset).and_then(|before| usize::try_from(before).ok());
     let wrong = || reweft::Error::format(format!("a storage offset of {storage_offset} elements"));
-    let address = before.and_then(|before| first.addr().get().checked_sub(before)).ok_or_else(wrong)?;
-    let storage = *numbers.entry((address, nbytes)).or_insert(storages.len());
+    let start = first.as_ptr().wrapping_sub(before.ok_or_else(wrong)?);
+    let storage = *numbers.entry((start, nbytes)).or_insert(storages.len());
     if storage == storages.len() {
-        let start = first.as_ptr().wrapping_sub(first.addr().get() - address);
         storages.push(Arc::new(Memory { start, nbytes, _storage: Mutex::new(tensor.of_storage()?) }));
     }
     Ok(TensorInfo { dtype, shape, strides, storage, storage_offset })
@@ -120,7 +119,7 @@ fn torch() -> PyResult<&'static Torch> {
 /// The bytes of a storage of torch, which this keeps alive.
 #[derive(Debug)]
 struct Memory {
-    start: *const u8,
+    start: *mut u8,
     nbytes: u64,
     /// Nobody looks at it: a handle may be dropped on any thread, and used on one at a time.
     _storage: Mutex<Tensor>,

@@ -289,12 +289,15 @@ fn copies(checkpoint: &Checkpoint, slots: &[(&Refill, &Slot)], nbytes: u64, spar
     let copy = |number: usize| {
         let (refill, slot) = slots[number];
         let mut lines = memory[number].lock().unwrap_or_else(PoisonError::into_inner);
-        copied(checkpoint, slot, &refill.recipe, std::mem::replace(&mut *lines, Lines::zeroed(0)))
+        copy_into(&mut lines, checkpoint, slot, &refill.recipe)
     };
     if nbytes < SEVERAL_THREADS_NBYTES {
-        return (0..slots.len()).map(copy).collect();
+        (0..slots.len()).try_for_each(copy)?;
+    } else {
+        parallel::run(slots.len(), nbytes, &|number, _| copy(number), &mut |_, _| ())?;
     }
-    parallel::run(slots.len(), nbytes, &|number, _| copy(number), &mut |_, _| ())
+    let own = |lines: Mutex<Lines>| Place::Own(Arc::new(lines.into_inner().unwrap_or_else(PoisonError::into_inner)));
+    Ok(memory.into_iter().map(own).collect())
 }
 
 /// The checkpoint's own bytes for a slot, if they can serve as they are: mapped or in memory, in the slot's layout.
@@ -322,14 +325,14 @@ fn in_memory(checkpoint: &Checkpoint, key: &str) -> Result<Option<(Source, u64)>
 }
 
 /// Makes a slot's bytes in memory of the model's own.
-fn copied(checkpoint: &Checkpoint, slot: &Slot, recipe: &Recipe, mut lines: Lines) -> Result<Place> {
+fn copy_into(lines: &mut Lines, checkpoint: &Checkpoint, slot: &Slot, recipe: &Recipe) -> Result<()> {
     let there = recipe.plain_key().map(|key| in_memory(checkpoint, key)).transpose()?.flatten();
     let there = there.map(|(source, start)| window(source, start, slot.nbytes)).transpose()?;
     let bytes = there.as_ref().and_then(|source| source.as_slice());
     if !bytes.is_some_and(|bytes| lines.fill(bytes)) {
         recipe.evaluate_into(checkpoint, lines.as_bytes_mut())?;
     }
-    Ok(Place::Own(Arc::new(lines)))
+    Ok(())
 }
 
 /// Says which of two lent tensors of one slot is used, if they are two.

@@ -1,4 +1,4 @@
-//! Bytes for Python without a copy: a read-only buffer over owned or mapped bytes.
+//! Bytes for Python without a copy: a buffer over owned or mapped bytes.
 
 #![allow(unsafe_code)]
 
@@ -9,8 +9,9 @@ use std::sync::Arc;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use reweft::source::PrivateMap;
 
-/// Read-only bytes that live as long as any view of them.
+/// Bytes that live as long as any view of them; read-only, but for those of a private mapping.
 #[pyclass(frozen, module = "reweft._core")]
 pub struct Buffer(Bytes);
 
@@ -18,6 +19,8 @@ enum Bytes {
     Owned(Vec<u8>),
     /// A storage of a checkpoint that is in memory or mapped, and the range within it.
     Storage(Arc<reweft::Checkpoint>, usize, std::ops::Range<usize>),
+    /// A range of a mapping that whoever has the buffer may write to.
+    Private(Arc<PrivateMap>, std::ops::Range<usize>),
 }
 
 impl Buffer {
@@ -36,21 +39,30 @@ impl Buffer {
         Ok(fits.then(|| Self(Bytes::Storage(Arc::clone(checkpoint), storage, range))))
     }
 
-    fn as_slice(&self) -> &[u8] {
-        match &self.0 {
+    /// A range of a mapping, which may be written to; `None` if the mapping ends before it.
+    pub fn private(map: &Arc<PrivateMap>, range: std::ops::Range<usize>) -> Option<Self> {
+        let fits = range.start <= range.end && range.end <= map.nbytes();
+        fits.then(|| Self(Bytes::Private(Arc::clone(map), range)))
+    }
+
+    /// Where the bytes start, and how many there are.
+    fn extent(&self) -> (*const u8, usize) {
+        let bytes: &[u8] = match &self.0 {
             Bytes::Owned(bytes) => bytes,
             Bytes::Storage(checkpoint, storage, range) => {
                 let bytes = checkpoint.storages().get(*storage).and_then(reweft::checkpoint::Storage::as_slice);
                 bytes.ok().flatten().and_then(|bytes| bytes.get(range.clone())).unwrap_or_default()
             }
-        }
+            Bytes::Private(map, range) => return (map.as_mut_ptr().wrapping_add(range.start), range.len()),
+        };
+        (bytes.as_ptr(), bytes.len())
     }
 }
 
 #[pymethods]
 impl Buffer {
     fn __len__(&self) -> usize {
-        self.as_slice().len()
+        self.extent().1
     }
 
     /// Fills a buffer view.
@@ -58,16 +70,18 @@ impl Buffer {
     /// # Safety
     /// Called by the interpreter with a valid `view`.
     unsafe fn __getbuffer__(slf: PyRef<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
-        let bytes = slf.as_slice();
+        let (start, nbytes) = slf.extent();
         // An empty slice may dangle, which some consumers take for an error.
-        let start = if bytes.is_empty() { EMPTY.as_ptr() } else { bytes.as_ptr() };
-        let Ok(nbytes) = ffi::Py_ssize_t::try_from(bytes.len()) else {
+        let start = if nbytes == 0 { EMPTY.as_ptr() } else { start };
+        let Ok(nbytes) = ffi::Py_ssize_t::try_from(nbytes) else {
             return Err(PyBufferError::new_err("buffer is too large"));
         };
-        // SAFETY: `view` is valid by the caller's contract. `start` points to `nbytes` bytes that `slf` owns and never
-        // changes or frees while it lives; the view takes a reference to `slf`. The last-but-one argument says that the
-        // buffer is read-only, so a request for a writable one is refused.
-        let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast_mut().cast(), nbytes, 1, flags) };
+        let read_only = c_int::from(!matches!(slf.0, Bytes::Private(..)));
+        // SAFETY: `view` is valid by the caller's contract. `start` points to `nbytes` bytes that `slf` owns and does not
+        // free while it lives; the view takes a reference to `slf`. Where they are read-only, a request for a writable
+        // buffer is refused; those of a private mapping are only ever reached through such buffers.
+        let filled =
+            unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast_mut().cast(), nbytes, read_only, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
     }
 

@@ -1,12 +1,14 @@
 //! Checkpoints, tensors and key maps for Python.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
-use reweft::source::{Access, Source};
+use reweft::source::{Access, PrivateMap, Source};
 use reweft::{Dtype, OpenOptions};
 
 use crate::buffer::{Borrowed, Buffer};
@@ -135,8 +137,32 @@ impl Checkpoint {
 
     /// Makes a checkpoint of torch tensors that are plain and on the CPU; they are borrowed, not copied.
     #[staticmethod]
-    fn from_tensors(name: PathBuf, keys: Vec<String>, tensors: &Bound<'_, PyList>) -> PyResult<Self> {
-        Ok(Self(Arc::new(handles::checkpoint(&name, keys, tensors)?)))
+    #[pyo3(signature = (name, keys, tensors, *, metadata=None))]
+    fn from_tensors(
+        name: PathBuf,
+        keys: Vec<String>,
+        tensors: &Bound<'_, PyList>,
+        metadata: Option<Vec<(String, String)>>,
+    ) -> PyResult<Self> {
+        let made = handles::checkpoint(&name, keys, tensors)?;
+        let made = if let Some(pairs) = metadata { made.with_metadata(pairs.into_iter().collect()) } else { made };
+        Ok(Self(Arc::new(made)))
+    }
+
+    /// Reads the tensors of keys into tensors that are plain, dense, on the CPU and apart from one another.
+    #[pyo3(signature = (keys, tensors, *, cast))]
+    fn fill(&self, keys: Vec<String>, tensors: &Bound<'_, PyList>, cast: bool) -> PyResult<()> {
+        handles::fill(&self.0, &keys, tensors, cast)
+    }
+
+    /// For each storage a buffer of its bytes that may be written to without changing the file, or None where the bytes do
+    /// not lie in a file as they are. CRCs are compared; no byte is copied.
+    fn map_privately(&self, py: Python<'_>, storages: Vec<usize>) -> Result<Vec<Option<Buffer>>> {
+        Ok(py.detach(|| {
+            self.0.check_crcs(&storages)?;
+            let mut maps = HashMap::new();
+            storages.into_iter().map(|number| self.private_storage(number, &mut maps)).collect::<reweft::Result<_>>()
+        })?)
     }
 
     fn rekey(&self, keys: &KeyMap) -> Result<Self> {
@@ -214,6 +240,25 @@ impl Checkpoint {
 
     fn notices(&self) -> Vec<String> {
         self.0.notices().to_vec()
+    }
+}
+
+impl Checkpoint {
+    /// The private mapping of a storage, if its bytes lie in a file as they are; `maps` has those of each file.
+    fn private_storage(
+        &self,
+        number: usize,
+        maps: &mut HashMap<*const File, Arc<PrivateMap>>,
+    ) -> reweft::Result<Option<Buffer>> {
+        let Some((file, start)) = self.0.place_of(number)? else { return Ok(None) };
+        let map = match maps.entry(std::ptr::from_ref(file)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Arc::new(PrivateMap::new(self.0.path(), file)?)),
+        };
+        let start = reweft::source::to_usize(start)?;
+        let end = start + reweft::source::to_usize(self.0.storages().get(number)?.nbytes)?;
+        let gone = || reweft::Error::format("the file became shorter after it was opened").in_file(self.0.path());
+        Buffer::private(map, start..end).ok_or_else(gone).map(Some)
     }
 }
 

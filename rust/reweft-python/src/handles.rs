@@ -15,8 +15,10 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple};
 use pyo3::{ffi, intern};
+use reweft::checkpoint::{Room, Storage};
 use reweft::source::{ReadAt, Source};
-use reweft::{Checkpoint, TensorInfo};
+use reweft::tensor::{is_dense, numel};
+use reweft::{Checkpoint, Dtype, ErrorKind, TensorInfo};
 use reweft_runtime::{Model, ModelOptions, Tensor, Torch};
 
 use crate::error::{Error, Result};
@@ -87,7 +89,6 @@ fn described(
     numbers: &mut HashMap<(*mut u8, u64), usize>,
     storages: &mut Vec<Source>,
 ) -> reweft::Result<TensorInfo> {
-    let unsigned = |sizes: Vec<i64>| sizes.into_iter().map(i64::unsigned_abs).collect::<Vec<_>>();
     let dtype = tensor.dtype()?;
     let (shape, strides) = (unsigned(tensor.shape()?), unsigned(tensor.strides()?));
     let Some(first) = NonNull::new(tensor.data_ptr()?.cast::<u8>()).filter(|_| !shape.contains(&0)) else {
@@ -104,6 +105,89 @@ fn described(
         storages.push(Arc::new(Memory { start, nbytes, _storage: Mutex::new(tensor.of_storage()?) }));
     }
     Ok(TensorInfo { dtype, shape, strides, storage, storage_offset })
+}
+
+/// Reads the tensors of keys into the memory of torch tensors, with the interpreter lock released.
+///
+/// # Errors
+/// As [`Checkpoint::fill`], and [`ErrorKind::Usage`] for tensors that share memory with one another or with what is read.
+pub fn fill(checkpoint: &Checkpoint, keys: &[String], tensors: &Bound<'_, PyList>, cast: bool) -> PyResult<()> {
+    let taken = take(torch()?, tensors)?;
+    let mut rooms = Vec::with_capacity(keys.len());
+    for (key, tensor) in keys.iter().zip(&taken) {
+        rooms.push(room(key, tensor).map_err(|error| Error::from(error.of_key(key).in_file(checkpoint.path())))?);
+    }
+    check_apart(checkpoint, &rooms).map_err(Error::from)?;
+    let rooms = rooms.into_iter().map(|room| {
+        let Vacant { key, dtype, shape, strides, start, nbytes } = room;
+        // SAFETY: the tensor is dense, so its elements are these bytes, which stay allocated while `taken` holds handles;
+        // no two rooms have a byte in common and none has one with what is read. That nobody else looks at them meanwhile
+        // is the promise of whoever loads into a module, as it is for `load_state_dict`; any value of a byte is valid.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), nbytes) };
+        Room { key, dtype, shape, strides, bytes }
+    });
+    let rooms: Vec<Room<'_>> = rooms.collect();
+    tensors.py().detach(|| checkpoint.fill(rooms, cast)).map_err(Error::from)?;
+    drop(taken);
+    Ok(())
+}
+
+/// Where a tensor's bytes go.
+struct Vacant<'a> {
+    key: &'a str,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    strides: Vec<u64>,
+    start: NonNull<u8>,
+    nbytes: usize,
+}
+
+fn room<'a>(key: &'a str, tensor: &Tensor) -> reweft::Result<Vacant<'a>> {
+    let usage = |what: &str| reweft::Error::new(ErrorKind::Usage, what);
+    let (dtype, shape, strides) = (tensor.dtype()?, unsigned(tensor.shape()?), unsigned(tensor.strides()?));
+    if !is_dense(&shape, &strides) {
+        return Err(usage("the tensor to fill is not dense"));
+    }
+    let nbytes = numel(&shape).and_then(|numel| dtype.nbytes(numel)).ok_or_else(|| usage("its size overflows"))?;
+    let (start, nbytes) = match NonNull::new(tensor.data_ptr()?.cast::<u8>()) {
+        Some(start) if nbytes > 0 => (start, reweft::source::to_usize(nbytes)?),
+        None if nbytes > 0 => return Err(usage("the tensor to fill has no memory")),
+        // What has no elements has no address either.
+        _ => (NonNull::dangling(), 0),
+    };
+    Ok(Vacant { key, dtype, shape, strides, start, nbytes })
+}
+
+/// Refuses rooms that have bytes in common, with one another or with the memory that a checkpoint reads from.
+fn check_apart(checkpoint: &Checkpoint, rooms: &[Vacant<'_>]) -> reweft::Result<()> {
+    let mut spans = Vec::with_capacity(rooms.len());
+    for room in rooms.iter().filter(|room| room.nbytes > 0) {
+        spans.push((room.start.as_ptr().addr(), room.nbytes, Some(room.key)));
+    }
+    // Of sources in files nothing lies where tensors are.
+    for source in checkpoint.storages().iter().filter_map(Storage::source).filter(|source| source.file().is_none()) {
+        if let Some(bytes) = source.as_slice() {
+            spans.push((bytes.as_ptr().addr(), bytes.len(), None));
+        }
+    }
+    spans.sort_unstable();
+    let mut last: (usize, Option<&str>) = (0, None);
+    for (start, nbytes, key) in spans {
+        if start < last.0
+            && let Some(key) = key.or(last.1)
+        {
+            let what = "the tensor to fill shares memory with another, or with what is read";
+            return Err(reweft::Error::new(ErrorKind::Usage, what).of_key(key).in_file(checkpoint.path()));
+        }
+        if start + nbytes > last.0 {
+            last = (start + nbytes, key);
+        }
+    }
+    Ok(())
+}
+
+fn unsigned(sizes: Vec<i64>) -> Vec<u64> {
+    sizes.into_iter().map(i64::unsigned_abs).collect()
 }
 
 /// The libtorch of this process, found once.

@@ -8,6 +8,7 @@ mod budget;
 mod derive;
 mod detect;
 mod exported;
+mod fill;
 mod flatten;
 mod globals;
 pub(crate) mod json;
@@ -49,6 +50,7 @@ use crate::write;
 pub(crate) use budget::Budget;
 use derive::{Derive, Derived};
 pub(crate) use detect::visit;
+pub use fill::Room;
 pub use flatten::Value;
 pub(crate) use globals::is_tensor;
 pub use storage::Storage;
@@ -245,6 +247,13 @@ impl Checkpoint {
             origin: None,
             frozen: false,
         })
+    }
+
+    /// Gives the checkpoint the `__metadata__` that safetensors files keep; any that it has is replaced.
+    #[must_use]
+    pub fn with_metadata(self, metadata: IndexMap<String, String>) -> Self {
+        let contents = Contents { metadata: Some(metadata), ..(*self.contents).clone() };
+        Self { contents: Arc::new(contents), ..self }
     }
 
     /// States that nobody writes to the memory that the checkpoint was made of, so that whoever takes its tensors may use

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-pub use mmap::Mmap;
+pub use mmap::{Mmap, PrivateMap};
 
 /// Random access to a fixed number of bytes.
 ///
@@ -288,13 +288,49 @@ pub fn read_hashed(source: &dyn ReadAt, byte_offset: u64, out: &mut [u8]) -> Res
 /// # Errors
 /// As [`ReadAt::read_exact_at`].
 pub fn crc(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<u32> {
-    /// Bytes read at a time: few enough to be still in the second cache when they are hashed.
-    const CHUNK_NBYTES: u64 = 256 << 10;
     let mut hasher = crc32fast::Hasher::new();
     if let Some(bytes) = source.as_slice() {
         hasher.update(slice(bytes, byte_offset, nbytes)?);
-        return Ok(hasher.finalize());
+    } else {
+        read_through(source, byte_offset, nbytes, &mut |piece| hasher.update(piece))?;
     }
+    Ok(hasher.finalize())
+}
+
+/// Fewer bytes are read for less than a mapping costs.
+const MAPPED_NBYTES: u64 = 1 << 20;
+
+/// Makes sure that a range can be read, at the least cost.
+///
+/// # Errors
+/// As [`ReadAt::read_exact_at`].
+pub(crate) fn bring_in(source: &Source, byte_offset: u64, nbytes: u64) -> Result<()> {
+    let (whole, start) = origin(source);
+    match whole.file() {
+        Some(file) if nbytes >= MAPPED_NBYTES => mmap::bring_in(&**whole, file, start + byte_offset, nbytes),
+        _ => read_through(&**source, byte_offset, nbytes, &mut |_| ()),
+    }
+}
+
+/// Shows a range piece by piece, without a copy if it is in a file.
+///
+/// # Errors
+/// As [`ReadAt::read_exact_at`].
+pub(crate) fn look_through(source: &Source, byte_offset: u64, nbytes: u64, see: &mut dyn FnMut(&[u8])) -> Result<()> {
+    let (whole, start) = origin(source);
+    match whole.file() {
+        Some(file) if nbytes >= MAPPED_NBYTES => mmap::look_through(&**whole, file, start + byte_offset, nbytes, see),
+        _ => read_through(&**source, byte_offset, nbytes, see),
+    }
+}
+
+/// Reads a range piece by piece and shows each to `see`.
+///
+/// # Errors
+/// As [`ReadAt::read_exact_at`].
+fn read_through(source: &dyn ReadAt, byte_offset: u64, nbytes: u64, see: &mut dyn FnMut(&[u8])) -> Result<()> {
+    /// Bytes read at a time: few enough to be still in the second cache when they are looked at.
+    const CHUNK_NBYTES: u64 = 256 << 10;
     let end = check_range(source.len(), byte_offset, nbytes)?;
     let mut at = byte_offset;
     let mut chunk = vec![0; to_usize(CHUNK_NBYTES.min(nbytes))?];
@@ -302,10 +338,10 @@ pub fn crc(source: &dyn ReadAt, byte_offset: u64, nbytes: u64) -> Result<u32> {
         let step = CHUNK_NBYTES.min(end - at);
         let piece = &mut chunk[..to_usize(step)?];
         source.read_exact_at(at, piece)?;
-        hasher.update(piece);
+        see(piece);
         at += step;
     }
-    Ok(hasher.finalize())
+    Ok(())
 }
 
 /// Converts a length to `usize`; fails only where the address space is smaller than the file.
@@ -355,6 +391,21 @@ mod tests {
     fn memory_that_is_not_there_is_an_error() {
         assert_eq!(zeroed(1 << 46).unwrap_err().kind(), crate::ErrorKind::Limit);
         assert_eq!(zeroed(1 << 27).unwrap().len(), 1 << 27);
+    }
+
+    #[test]
+    fn looking_at_a_file_shows_its_bytes_or_what_is_missing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let bytes: Vec<u8> = (0..9_000_001_u32).map(|number| u8::try_from(number % 251).unwrap()).collect();
+        std::fs::write(file.path(), &bytes).unwrap();
+        let (source, nbytes) = (open(file.path(), Access::Read).unwrap(), bytes.len() as u64 - 5);
+        let mut seen = Vec::new();
+        look_through(&source, 5, nbytes, &mut |piece| seen.extend_from_slice(piece)).unwrap();
+        assert!(seen == bytes[5..]);
+        bring_in(&source, 5, nbytes).unwrap();
+        file.as_file().set_len(4_000_000).unwrap();
+        assert!(look_through(&source, 5, nbytes, &mut |_| ()).is_err());
+        assert!(bring_in(&source, 5, nbytes).is_err());
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub(crate) use numpy::lead as npy_lead;
 pub use options::{ConvertOptions, Shared, TargetFormat, parse_nbytes};
 pub use refit::{RefitReport, VerifyReport, refit, refit_in_place, verify};
 pub use strip::{StripReport, strip};
+pub(crate) use watch::Watch;
 
 use std::path::{Path, PathBuf};
 

@@ -195,6 +195,26 @@ impl Storage {
         Ok(())
     }
 
+    /// Reads every byte once and compares the CRC, so that a later read meets no error that this one would not have met.
+    /// Bytes that are in memory or mapped are taken for readable.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); read errors.
+    pub(super) fn probe(&self) -> Result<()> {
+        if self.is_packed() {
+            return self.as_record().map_or(Ok(()), |record| record.read().map(drop));
+        }
+        let Some((source, start)) = self.locate()?.filter(|(source, _)| source.as_slice().is_none()) else {
+            return self.check();
+        };
+        if self.is_checked() {
+            return source::bring_in(source, start, self.nbytes);
+        }
+        let mut hasher = crc32fast::Hasher::new();
+        source::look_through(source, start, self.nbytes, &mut |piece| hasher.update(piece))?;
+        self.note_crc(hasher.finalize())
+    }
+
     /// Takes note of a CRC that somebody computed over the whole record while reading it for another purpose.
     ///
     /// # Errors

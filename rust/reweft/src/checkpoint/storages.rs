@@ -133,7 +133,8 @@ impl Storages {
         Ok(())
     }
 
-    fn read_into(&self, number: usize, byte_offset: u64, out: &mut [u8]) -> Result<()> {
+    /// Reads a range of a storage, in the byte order that it has.
+    pub(super) fn read_into(&self, number: usize, byte_offset: u64, out: &mut [u8]) -> Result<()> {
         let storage = self.get(number)?;
         match storage.making() {
             Some(making) => making.read_into(self, byte_offset, out),

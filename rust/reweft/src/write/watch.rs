@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 
 /// How files were when a read began.
-pub(super) struct Watch<'a> {
+pub(crate) struct Watch<'a> {
     path: &'a Path,
     before: Vec<(&'a File, Metadata)>,
 }

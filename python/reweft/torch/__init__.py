@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from reweft.torch.batching import dynamic_batch
 from reweft.torch.compiled import CompiledModule, Refittable, ReplaceReport, load, replace_weights, save
+from reweft.torch.files import load_file, save_file
 from reweft.torch.host import HostWarning
 from reweft.torch.refitting import refit_module_weights
 from reweft.torch.tensors import checkpoint_of, tensor
@@ -22,9 +23,11 @@ __all__ = [
     "checkpoint_of",
     "dynamic_batch",
     "load",
+    "load_file",
     "refit_module_weights",
     "replace_weights",
     "save",
+    "save_file",
     "tensor",
     "trace",
 ]

@@ -14,11 +14,14 @@ from reweft.checkpoint import Checkpoint
 from reweft.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from reweft.checkpoint import TensorInfo
 
-__all__ = ["checkpoint_of", "dtype_name", "held_tensors", "tensor"]
+__all__ = ["checkpoint_of", "dtype_name", "dtype_of", "held_tensors", "is_plain_type", "mapped_tensors", "tensor"]
+
+# Types whose instances are their bytes, shape and strides, and nothing else.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 @cache
@@ -37,16 +40,62 @@ def tensor(info: TensorInfo) -> torch.Tensor:
         FormatError: The file is truncated or damaged.
         IoError: It cannot be read.
     """
-    dtype = getattr(torch, info.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise UnsupportedError(f"{info.key!r}: torch {torch.__version__} has no dtype {info.dtype}")
-    made = torch.empty(info.shape, dtype=dtype)
-    if info.nbytes:
-        made.view(-1).view(torch.uint8).numpy()[:] = info.read()
+    made = torch.empty(info.shape, dtype=dtype_of(info), device="cpu")
+    info._checkpoint.fill([info.key], [made], cast=False)  # noqa: SLF001  (one package)
     return made
 
 
-def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dict") -> Checkpoint:
+def dtype_of(info: TensorInfo) -> torch.dtype:
+    """The dtype of a checkpoint's tensor.
+
+    Raises:
+        UnsupportedError: The installed torch has no such dtype.
+    """
+    dtype = getattr(torch, info.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedError(f"{info.key!r}: torch {torch.__version__} has no dtype {info.dtype}", key=info.key)
+    return dtype
+
+
+def mapped_tensors(infos: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
+    """Make torch tensors of one checkpoint's tensors, over a private mapping of its file.
+
+    They may be written to: a page is copied when it is written first, and the file never changes. Shared storages and
+    strides are kept. CRCs are compared; no byte is copied, but of tensors that do not lie in the file as they are
+    (packed, made by a key map, in memory, of the other byte order) or not at a multiple of their element's size.
+
+    Raises:
+        UnsupportedError: The installed torch has no such dtype.
+        FormatError: The file is truncated or damaged.
+        IoError: It cannot be read.
+    """
+    infos = list(infos)
+    held = {info.storage: info._checkpoint for info in infos if info.nbytes}  # noqa: SLF001  (one package)
+    buffers = next(iter(held.values())).map_privately(list(held)) if held else []
+    storages = {
+        number: torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+        for number, buffer in zip(held, buffers, strict=True)
+        if buffer is not None
+    }
+    return {info.key: _in_storage(info, storages.get(info.storage)) for info in infos}
+
+
+def _in_storage(info: TensorInfo, storage: torch.UntypedStorage | None) -> torch.Tensor:
+    dtype = dtype_of(info)
+    if storage is None or not info.nbytes or storage.data_ptr() % dtype.itemsize:
+        return tensor(info)
+    made = torch.empty(0, dtype=dtype, device="cpu")
+    return made.set_(storage, info.storage_offset, info.shape, info.strides)
+
+
+def is_plain_type(kind: type) -> bool:
+    """Whether tensors of a class are their bytes, shape and strides, and nothing else."""
+    return kind in _PLAIN
+
+
+def checkpoint_of(
+    state_dict: Mapping[str, torch.Tensor], name: str = "state_dict", *, metadata: Mapping[str, str] | None = None
+) -> Checkpoint:
     """See tensors in memory as a checkpoint: same checks, shared storages and strides kept, no byte copied.
 
     The checkpoint reads the tensors' own memory; do not change them while it is in use. `replace_weights(copy=False)`
@@ -56,6 +105,7 @@ def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dic
         state_dict: Keys and tensors. They must be on the CPU, dense and not quantised; wrapper subclasses
             (DTensor, quantised weights) are refused.
         name: Stands for the file in messages.
+        metadata: Texts that safetensors files keep beside the tensors.
 
     Raises:
         UnsupportedError: A value is not such a tensor; the message names the key.
@@ -65,7 +115,8 @@ def checkpoint_of(state_dict: Mapping[str, torch.Tensor], name: str = "state_dic
         (2, 3)
     """
     plain = {key: _plain(key, value, name) for key, value in state_dict.items()}
-    return Checkpoint(_core.Checkpoint.from_tensors(Path(name), list(plain), list(plain.values())))
+    pairs = None if metadata is None else list(metadata.items())
+    return Checkpoint(_core.Checkpoint.from_tensors(Path(name), list(plain), list(plain.values()), metadata=pairs))
 
 
 def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -88,7 +139,7 @@ def _plain(key: str, value: object, name: str) -> torch.Tensor:
     """
     if not isinstance(value, torch.Tensor):
         raise UnsupportedError(f"{name}: {key!r}: a {type(value).__name__}, not a tensor", key=key)
-    if type(value) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
+    if not is_plain_type(type(value)):
         raise UnsupportedError(f"{name}: {key!r}: a tensor subclass, {type(value).__name__}", key=key)
     if not value.is_cpu:
         what = f"{name}: {key!r}: a tensor on {value.device}, wanted cpu"

@@ -20,6 +20,7 @@ from . import (
     files,
     huge,
     loading,
+    modules,
     opening,
     overhead,
     processes,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MODEL_TOPICS = (compiling, replacing, calling, overhead, encoder)
-FILE_TOPICS = (opening, converting, refitting, loading, huge)
+FILE_TOPICS = (opening, converting, refitting, loading, modules, huge)
 
 
 def say(text: str) -> None:

@@ -87,7 +87,7 @@ def test_another_structure_is_refused(nested: Any) -> None:
         ((pair, True, 3, "a", None), {}),
     ]
     for args, kwargs in cases:
-        with pytest.raises(reweft.UsageError, match="structure"):
+        with pytest.raises(reweft.UsageError, match=r"called with \(.*\), the program takes \("):
             model(*args, **kwargs)
 
 
@@ -138,7 +138,7 @@ def test_lists_and_tuples() -> None:
     args = ((torch.randn(3), torch.randn(3)), [torch.randn(2)])
     model = rt.trace(Pairs().eval(), args)
     assert_same(model(*args), Pairs()(*args))
-    with pytest.raises(reweft.UsageError, match="structure"):
+    with pytest.raises(reweft.UsageError, match=r"called with \(.*\), the program takes \("):
         model(list(args[0]), args[1])
     with pytest.raises(reweft.UnsupportedError, match="Point") as error:
         rt.trace(Pairs().eval(), (Point(*args[0]), args[1]))

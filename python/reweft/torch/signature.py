@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-__all__ = ["constant", "describe", "flatten", "value_of"]
+__all__ = ["constant", "describe", "flatten", "size_of", "value_of"]
 
 # Names of sympy's and torch's classes, and of the operations of the manifest.
 _OPERATIONS = {
@@ -63,7 +63,20 @@ def flatten(spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         return spec.flatten_up_to((args, kwargs))
     except ValueError as error:
-        raise UsageError(f"arguments have the structure {found}, the program takes {spec}") from error
+        raise UsageError(f"called with ({_shown(found)}), the program takes ({_shown(spec)})") from error
+
+
+class _Leaf:
+    """Stands for a value in a structure that is shown."""
+
+    def __repr__(self) -> str:
+        return "*"
+
+
+def _shown(spec: pytree.TreeSpec) -> str:
+    """Arguments as one would write them, with stars for values."""
+    args, kwargs = pytree.tree_unflatten([_Leaf()] * spec.num_leaves, spec)
+    return ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
 
 
 def describe(program: ExportedProgram, leaves: Iterable[object], written: set[str]) -> dict[str, Any]:
@@ -107,8 +120,8 @@ def _input(placeholder: Any, value: torch.Tensor, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "dtype": dtype_name(value.dtype),
-        "shape": [_size(size) for size in placeholder.shape],
-        "strides": [_size(size) for size in placeholder.stride()],
+        "shape": [size_of(size) for size in placeholder.shape],
+        "strides": [size_of(size) for size in placeholder.stride()],
         "device": str(value.device.type),
     }
 
@@ -154,7 +167,7 @@ class _Sizes:
                 self.symbols[str(symbol)] = {"min": int(bounds.lower), "max": largest}
         if named - self.symbols.keys():
             raise UnsupportedError(f"torch states no range for the size {(named - self.symbols.keys()).pop()}")
-        for guard in map(_size, _guards(program) if named else ()):
+        for guard in map(size_of, _guards(program) if named else ()):
             if unknown := _names(guard) - named:
                 raise UnsupportedError(f"torch assumed something of {unknown.pop()}, which is no dimension of an input")
             if guard != 1 and guard not in self.guards:
@@ -171,7 +184,7 @@ def _guards(program: ExportedProgram) -> list[sympy.Basic]:
     return []
 
 
-def _size(value: Any) -> Any:
+def size_of(value: Any) -> Any:
     """A size as the manifest states it: a number, a symbol's name, or an operation.
 
     Raises:
@@ -188,7 +201,7 @@ def _size(value: Any) -> Any:
     operation = _OPERATIONS.get(type(value).__name__)
     if operation is None:
         raise UnsupportedError(f"a size is {value}, whose {type(value).__name__} the manifest cannot state")
-    return {"op": operation, "of": [_size(part) for part in value.args]}
+    return {"op": operation, "of": [size_of(part) for part in value.args]}
 
 
 def _names(size: Any) -> set[str]:

@@ -18,6 +18,7 @@ from . import (
     converting,
     encoder,
     files,
+    following,
     huge,
     loading,
     modules,
@@ -34,7 +35,7 @@ from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
 if TYPE_CHECKING:
     from types import ModuleType
 
-MODEL_TOPICS = (compiling, replacing, calling, overhead, encoder)
+MODEL_TOPICS = (compiling, replacing, calling, overhead, encoder, following)
 FILE_TOPICS = (opening, converting, refitting, loading, modules, huge)
 
 

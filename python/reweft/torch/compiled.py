@@ -356,6 +356,7 @@ def replace_weights(
         missing=not strict if allow_missing is None else allow_missing,
         unused=not strict if allow_unused is None else allow_unused,
         lend=not copy,
+        lend_written=False,
         keep_written=state == "keep",
     )
     return _report(report) if copy or not source.resolved else _with_resolved(_report(report), source)

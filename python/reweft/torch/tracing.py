@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-__all__ = ["trace"]
+__all__ = ["Origins", "compiled_package", "compiler_settings", "exported", "identity", "origins", "trace"]
 
 # What each option is for; without them AOTInductor writes small tensors and folded scalars into the code.
 _KEEP_CONSTANTS: dict[str, Any] = {
@@ -108,27 +108,15 @@ def trace(
     _check_mode(module)
     options = dict(options or {})
     refit = _refit_rule(options)
-    settings = _settings(options, compiler_args)
+    settings = compiler_settings(options, compiler_args)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _check_device(module, device)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="reweft-") as folder:
-        program = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes)
-        _check_structure(program)
-        _name_constants(program, module)
+        program = exported(module, args, kwargs or {}, dynamic_shapes)
         leaves = flatten(program.call_spec.in_spec, args, kwargs or {})
-        origins = _origins(program, leaves, module, refit)
-        _drop_constant_results(program)
-        fresh, sealed = Path(folder) / "model.pt2", Path(folder) / "sealed.pt2"
-        if any(origin.used for origin in origins.tensors):
-            # Without any weight torch makes a package with an empty record, which it cannot load itself.
-            settings.update(_WEIGHTS_BESIDE_LIBRARY)
-        with _without_ignored_guards():
-            torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
-                program, package_path=str(fresh), inductor_configs=settings
-            )
+        sealed = compiled_package(program, origins(program, leaves, module, refit), settings, Path(folder))
         if compiler_workdir is not None:
-            _keep_sources(Path(compiler_workdir), fresh, program, settings)
-        _core.seal(fresh, origins.to_json(), sealed)
+            _keep_sources(Path(compiler_workdir), sealed, program, settings)
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
     nameless = [names[0] for names in model.slots() if names[0].startswith(LITERAL)]
@@ -138,6 +126,38 @@ def trace(
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     model._examples = [value.detach().clone() for value in inputs]  # noqa: SLF001
     return model
+
+
+def exported(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """Export a module, with every tensor of it under its path.
+
+    Raises:
+        UnsupportedError: An argument or result has a container that a package cannot name.
+    """
+    program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    _check_structure(program)
+    _name_constants(program, module)
+    return program
+
+
+def compiled_package(program: ExportedProgram, stated: Origins, settings: Mapping[str, Any], folder: Path) -> Path:
+    """Compile an exported program, which is changed by it; gives a package with manifest and weights in a folder.
+
+    Raises:
+        UnsupportedError: The compiler assumes what the manifest cannot state.
+    """
+    _drop_constant_results(program)
+    fresh, sealed = folder / "model.pt2", folder / "sealed.pt2"
+    # Without any weight torch makes a package with an empty record, which it cannot load itself.
+    beside = _WEIGHTS_BESIDE_LIBRARY if any(origin.used for origin in stated.tensors) else {}
+    with _without_ignored_guards():
+        torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
+            program, package_path=str(fresh), inductor_configs={**settings, **beside}
+        )
+    _core.seal(fresh, stated.to_json(), sealed)
+    return sealed
 
 
 def _check_mode(module: torch.nn.Module) -> None:
@@ -203,7 +223,7 @@ def _refit_rule(options: dict[str, Any]) -> str:
     return found[0] if found else "any"
 
 
-def _settings(options: Mapping[str, Any], compiler_args: str | Sequence[str] | None) -> dict[str, Any]:
+def compiler_settings(options: Mapping[str, Any], compiler_args: str | Sequence[str] | None) -> dict[str, Any]:
     """The compiler's settings.
 
     Raises:
@@ -287,17 +307,19 @@ class _Origin:
 
 
 @dataclass(frozen=True)
-class _Origins:
+class Origins:
     """What the package does not say of itself; `reweft::artifact::manifest::Origins` on the other side."""
 
     signature: dict[str, Any]
     device: str
     refit: str
     tensors: list[_Origin]
+    program: str | None = None
 
     def to_json(self) -> str:
+        """What the engine reads."""
         tensors = [vars(origin) for origin in self.tensors]
-        stated = {"torch": str(torch.__version__), "device": self.device, "refit": self.refit}
+        stated = {"torch": str(torch.__version__), "device": self.device, "refit": self.refit, "program": self.program}
         return json.dumps({**stated, **self.signature, "tensors": tensors})
 
 
@@ -309,14 +331,14 @@ def _name_constants(program: ExportedProgram, module: torch.nn.Module) -> None:
     the module come from export as `lifted_tensor_N`, like literals of `forward`; they are told apart by identity and
     get their path as name.
     """
-    paths = {_identity(path, value): path for path, value in held_tensors(module)}
+    paths = {identity(path, value): path for path, value in held_tensors(module)}
     for spec in program.graph_signature.input_specs:
         if spec.kind != InputKind.CONSTANT_TENSOR or spec.target is None:
             continue
         spec.kind = InputKind.BUFFER
         spec.persistent = False
         value = program.constants[spec.target]
-        path = paths.get(_identity(spec.target, value))
+        path = paths.get(identity(spec.target, value))
         if path is not None and path not in program.constants and path not in program.state_dict:
             program.constants[path] = program.constants.pop(spec.target)
             spec.target = path
@@ -333,7 +355,9 @@ def _drop_constant_results(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Module, refit: str) -> _Origins:
+def origins(
+    program: ExportedProgram, leaves: list[object], module: torch.nn.Module, refit: str, key: str | None = None
+) -> Origins:
     """Every tensor of the module with all its names, and how the program is called.
 
     Raises:
@@ -357,7 +381,7 @@ def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Mo
     for fqn, value in values.items():
         if not isinstance(value, torch.Tensor):
             raise UnsupportedError(f"{fqn!r} is a {type(value).__name__}; this version takes tensors only")
-        groups.setdefault(_identity(fqn, value), []).append(fqn)
+        groups.setdefault(identity(fqn, value), []).append(fqn)
     tensors = [
         _Origin(
             names=names,
@@ -371,7 +395,8 @@ def _origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Mo
     devices = {str(value.device.type) for value in values.values()} or {row["device"] for row in called["inputs"]}
     if len(devices) > 1:
         raise UnsupportedError(f"the module's tensors are on {' and '.join(sorted(devices))}")
-    return _Origins(signature=called, device=devices.pop() if devices else "cpu", refit=refit, tensors=tensors)
+    device = devices.pop() if devices else "cpu"
+    return Origins(signature=called, device=device, refit=refit, tensors=tensors, program=key)
 
 
 def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:
@@ -392,7 +417,7 @@ def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:
     return {*signature.buffers_to_mutate.values(), *parameters.values()}, {*signature.user_inputs_to_mutate.values()}
 
 
-def _identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
+def identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
     """Equal for names of one tensor. Empty tensors have no address to be told apart by, so each is its own."""
     if value.numel() == 0:
         return (fqn,)

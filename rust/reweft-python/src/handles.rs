@@ -191,7 +191,7 @@ fn unsigned(sizes: Vec<i64>) -> Vec<u64> {
 }
 
 /// The libtorch of this process, found once.
-fn torch() -> PyResult<&'static Torch> {
+pub fn torch() -> PyResult<&'static Torch> {
     static TORCH: OnceLock<Torch> = OnceLock::new();
     if let Some(torch) = TORCH.get() {
         return Ok(torch);

@@ -12,6 +12,7 @@ mod handles;
 mod limits;
 mod model;
 mod operators;
+mod watch;
 mod weights;
 
 use pyo3::prelude::*;
@@ -27,7 +28,9 @@ mod _core {
     #[pymodule_export]
     use crate::diff::diff;
     #[pymodule_export]
-    use crate::model::{Model, slot_names};
+    use crate::model::{Model, check_private, host, slot_names};
+    #[pymodule_export]
+    use crate::watch::Watch;
     #[pymodule_export]
     use crate::weights::{Plan, cast, main, plan, refit, seal, strip, verify, write_converted};
 }

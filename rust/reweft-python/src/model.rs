@@ -126,7 +126,7 @@ impl Model {
     }
 
     /// Replaces the weights; gives the report as JSON.
-    #[pyo3(signature = (checkpoint, *, cast, missing, unused, lend, keep_written))]
+    #[pyo3(signature = (checkpoint, *, cast, missing, unused, lend, lend_written, keep_written))]
     #[expect(
         clippy::too_many_arguments,
         clippy::fn_params_excessive_bools,
@@ -140,10 +140,12 @@ impl Model {
         missing: bool,
         unused: bool,
         lend: bool,
+        lend_written: bool,
         keep_written: bool,
     ) -> Result<String> {
         let allow = Allow { cast, missing, unused };
-        py.detach(|| to_json(&self.0.refit(&checkpoint.0, RefitOptions { allow, lend, keep_written })?))
+        let options = RefitOptions { allow, lend, lend_written, keep_written };
+        py.detach(|| to_json(&self.0.refit(&checkpoint.0, options)?))
     }
 
     /// Hash of the weights in use.
@@ -186,6 +188,11 @@ impl Model {
         }
     }
 
+    /// What tells the program from others, if whoever compiled it said so.
+    fn program(&self) -> Option<String> {
+        self.0.artifact().manifest().and_then(Manifest::program).map(str::to_owned)
+    }
+
     /// Names of buffers that the program writes to.
     fn written(&self) -> Vec<String> {
         let slots = self.0.artifact().slots().iter();
@@ -203,6 +210,19 @@ impl Model {
         let artifact = self.0.artifact();
         (names(artifact), artifact.unused().to_vec())
     }
+}
+
+/// The machine and the instruction sets of its processor, as packages state them; JSON.
+#[pyfunction]
+pub fn host() -> Result<String> {
+    to_json(&reweft_runtime::host())
+}
+
+/// Refuses a folder that others can put code into.
+#[pyfunction]
+pub fn check_private(folder: PathBuf) -> Result<()> {
+    let folder = std::path::absolute(&folder).unwrap_or(folder);
+    Ok(reweft_runtime::check_private(&folder)?)
 }
 
 /// The names of the slots of an artifact, each slot's first name first. Reads metadata.

@@ -117,19 +117,8 @@ impl LibraryCache {
     /// # Errors
     /// [`ErrorKind::Unsupported`] with the folder and what is wrong with it; [`ErrorKind::Io`] if it cannot be looked at.
     pub fn check(&self) -> Result<()> {
-        for own in [&self.root, &self.folder] {
-            if let Some(found) = metadata(own)? {
-                check_own(&found).map_err(|what| refused(own, what))?;
-            }
-        }
-        let nearest = self.root.ancestors().skip(1).find(|path| path.exists()).unwrap_or(Path::new("/"));
-        let nearest = nearest.canonicalize().map_err(|error| Error::io("look at", error).in_file(nearest))?;
-        for above in nearest.ancestors() {
-            if let Some(found) = metadata(above)? {
-                check_above(&found).map_err(|what| refused(above, what))?;
-            }
-        }
-        Ok(())
+        check_private(&self.root)?;
+        check_own(&self.folder)
     }
 
     /// The libraries, the one used last first. Other files in the folder are not among them.
@@ -342,7 +331,32 @@ fn is_ours(found: &Metadata) -> bool {
     found.uid() == rustix::process::geteuid().as_raw()
 }
 
-fn check_own(found: &Metadata) -> Result<(), &'static str> {
+/// Checks that nobody but this user and root can put a file into a folder, or another folder in its place. What does not
+/// exist yet is not looked at.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] with the folder and what is wrong with it; [`ErrorKind::Io`] if it cannot be looked at.
+pub fn check_private(folder: &Path) -> Result<()> {
+    check_own(folder)?;
+    let nearest = folder.ancestors().skip(1).find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let nearest = nearest.canonicalize().map_err(|error| Error::io("look at", error).in_file(nearest))?;
+    for above in nearest.ancestors() {
+        if let Some(found) = metadata(above)? {
+            is_safe_above(&found).map_err(|what| refused(above, what))?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks one folder of this user's.
+fn check_own(folder: &Path) -> Result<()> {
+    match metadata(folder)? {
+        Some(found) => is_safe(&found).map_err(|what| refused(folder, what)),
+        None => Ok(()),
+    }
+}
+
+fn is_safe(found: &Metadata) -> Result<(), &'static str> {
     match () {
         () if !found.is_dir() => Err("is no folder"),
         () if !is_ours(found) => Err("belongs to another user"),
@@ -352,7 +366,7 @@ fn check_own(found: &Metadata) -> Result<(), &'static str> {
 }
 
 /// Whoever can write to a folder above can put another one in the place of ours, unless it has the sticky bit.
-fn check_above(found: &Metadata) -> Result<(), &'static str> {
+fn is_safe_above(found: &Metadata) -> Result<(), &'static str> {
     match () {
         () if found.uid() != 0 && !is_ours(found) => Err("belongs to another user"),
         () if is_open(found) && found.mode() & 0o1000 == 0 => Err("can be written by others"),
@@ -362,7 +376,7 @@ fn check_above(found: &Metadata) -> Result<(), &'static str> {
 
 #[cold]
 fn refused(path: &Path, what: &str) -> Error {
-    let error = Error::new(ErrorKind::Unsupported, format!("the folder {what}, so no library is kept there"));
+    let error = Error::new(ErrorKind::Unsupported, format!("the folder {what}, so no code is kept there"));
     error.in_file(path).with_hint(format!("{FOLDER_VARIABLE} names another folder"))
 }
 

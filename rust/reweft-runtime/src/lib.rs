@@ -59,7 +59,7 @@ mod torch;
 
 pub use arrays::find_libtorch;
 pub use binding::{Binding, Constant, ConstantKind};
-pub use cache::{CacheEntry, LibraryCache};
+pub use cache::{CacheEntry, LibraryCache, check_private};
 pub use container::Container;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
@@ -68,5 +68,5 @@ pub use library::Library;
 pub use model::{LiveReport, Model, ModelOptions, RefitOptions};
 pub use permits::Interrupted;
 pub use proxy::{OpenOperators, Operators};
-pub use tensor::{Tensor, contiguous_strides};
+pub use tensor::{Placement, Tensor, contiguous_strides};
 pub use torch::{RawTensor, Torch};

@@ -21,10 +21,10 @@ use crate::device::Device;
 use crate::host;
 use crate::library::Library;
 use crate::permits::Interrupted;
-use crate::process::{Threads, Use, Uses, is_forked};
+use crate::process::{Threads, Use, Uses};
 use crate::proxy::{self, OpenOperators};
 use crate::serving::Serving;
-use crate::slots::{Filled, Held, Spare, fill, info, no_weights, packaged};
+use crate::slots::{Filled, Held, Lending, Spare, fill, info, no_weights, packaged};
 use crate::tensor::Tensor;
 use crate::torch::Torch;
 
@@ -82,8 +82,20 @@ pub struct RefitOptions {
     /// once, also in the middle of a call. It stays allocated as long as the checkpoint's sources keep it so; the model
     /// holds those.
     pub lend: bool,
+    /// Lend tensors to slots that the program writes to as well, so that it writes into the caller's memory.
+    pub lend_written: bool,
     /// Leave slots that the program writes to as they are, whatever the checkpoint has for them.
     pub keep_written: bool,
+}
+
+impl RefitOptions {
+    fn lending(self) -> Lending {
+        match (self.lend, self.lend_written) {
+            (false, _) => Lending::Nothing,
+            (true, false) => Lending::Read,
+            (true, true) => Lending::All,
+        }
+    }
 }
 
 impl From<Allow> for RefitOptions {
@@ -335,7 +347,7 @@ impl Model {
         inputs: Vec<Tensor>,
         interrupted: Interrupted<'_>,
     ) -> Result<Option<Vec<Option<Tensor>>>> {
-        if self.check_inputs(&inputs, true).is_err() {
+        if !self.fit(&inputs)? {
             return Ok(None);
         }
         // SAFETY: the inputs have just been checked.
@@ -345,8 +357,8 @@ impl Model {
     /// # Safety
     /// `inputs` passed `check_inputs`.
     unsafe fn run_checked(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
-        let _use = self.enter()?;
-        let _threads = self.set_threads()?;
+        let entered = self.enter()?;
+        let _threads = self.set_threads(entered.is_forked())?;
         // SAFETY: every input is what the program was compiled for, and a program that writes to buffers has one
         // replica, so that its calls follow one another.
         unsafe { self.serving.run(inputs, interrupted) }.map_err(|error| self.explained(error))
@@ -371,12 +383,31 @@ impl Model {
         interrupted: Interrupted<'_>,
     ) -> Result<Vec<Vec<Option<Tensor>>>> {
         chunks.iter().try_for_each(|inputs| self.check_inputs(inputs, false))?;
-        let _use = self.enter()?;
-        let _threads = self.set_threads()?;
+        let entered = self.enter()?;
+        let forked = entered.is_forked();
+        let _threads = self.set_threads(forked)?;
         // Where this thread could set the number, others can.
-        let prepare = || self.set_threads().ok().flatten();
+        let prepare = || self.set_threads(forked).ok().flatten();
         // SAFETY: as in `run`, for the inputs of every chunk.
         unsafe { self.serving.run_chunks(chunks, &prepare, interrupted) }.map_err(|error| self.explained(error))
+    }
+
+    /// Whether inputs are what the program takes, to the last stride. Allocates nothing where no sizes vary.
+    fn fit(&self, inputs: &[Tensor]) -> Result<bool> {
+        if self.signature.is_dynamic() || inputs.len() != self.inputs.len() {
+            return Ok(self.check_inputs(inputs, true).is_ok());
+        }
+        for (tensor, wanted) in inputs.iter().zip(&*self.inputs) {
+            let Some(expected) = &wanted.fixed else { return Ok(false) };
+            let fits = tensor.dtype()? == wanted.dtype
+                && tensor.with_shape(|shape| shape == expected.shape)?
+                && tensor.with_strides_of(|strides| strides == expected.strides)?
+                && tensor.device()?.kind == wanted.device.kind;
+            if !fits {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn check_inputs(&self, inputs: &[Tensor], all_strides: bool) -> Result<()> {
@@ -442,7 +473,7 @@ impl Model {
         planned.check()?;
         let mut next = live.clone();
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let filled = fill(&self.artifact, checkpoint, &planned, options.lend, &mut spare, &mut next)?;
+        let filled = fill(&self.artifact, checkpoint, &planned, options.lending(), &mut spare, &mut next)?;
         let old = self.bind(next, &mut live)?;
         if self.standby {
             *spare = Spare::of(old);
@@ -558,8 +589,7 @@ impl Model {
     }
 
     /// Sets the number of threads of a call. A forked process has one: libgomp would wait for threads that are not there.
-    fn set_threads(&self) -> Result<Option<Threads<'_>>> {
-        let forked = is_forked();
+    fn set_threads(&self, forked: bool) -> Result<Option<Threads<'_>>> {
         let count = match self.threads {
             _ if forked && self.baked_threads > 1 => {
                 let baked = self.baked_threads;
@@ -696,11 +726,11 @@ fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Hel
     let Some(checkpoint) = &options.weights else {
         return Ok((packaged(artifact, None).map_err(|error| error.in_file(artifact.path()))?, None));
     };
-    let RefitOptions { allow, lend, keep_written } = options.refit;
+    let RefitOptions { allow, keep_written, .. } = options.refit;
     let planned = plan_running(artifact, checkpoint, allow, Running { keep_written, ..Running::default() })?;
     planned.check()?;
     let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
-    let filled = fill(artifact, checkpoint, &planned, lend, &mut Spare::default(), &mut live)?;
+    let filled = fill(artifact, checkpoint, &planned, options.refit.lending(), &mut Spare::default(), &mut live)?;
     Ok((live, Some(report(&planned, checkpoint, filled))))
 }
 

@@ -20,18 +20,24 @@ pub(crate) fn note_origin() {
     ORIGIN.get_or_init(process::id);
 }
 
-/// Whether this process was forked after libtorch was loaded.
-pub(crate) fn is_forked() -> bool {
-    ORIGIN.get().is_some_and(|origin| *origin != process::id())
-}
-
 /// How many uses of a model there are, and in which process: both in one number, because a child that looks at them one
 /// after the other would take its own uses for its parent's. The lower half counts.
 #[derive(Debug)]
 pub(crate) struct Uses(AtomicU64);
 
 /// A use of a model; it ends when this is dropped.
-pub(crate) struct Use<'a>(&'a Uses);
+pub(crate) struct Use<'a> {
+    uses: &'a Uses,
+    /// The process; to ask for it is a system call.
+    process: u32,
+}
+
+impl Use<'_> {
+    /// Whether this process was forked after libtorch was loaded.
+    pub fn is_forked(&self) -> bool {
+        ORIGIN.get().is_some_and(|origin| *origin != self.process)
+    }
+}
 
 impl Uses {
     /// No use, in this process.
@@ -44,7 +50,8 @@ impl Uses {
     /// # Errors
     /// [`ErrorKind::Run`] if another thread used the model when this process was forked: its locks are held by nobody.
     pub fn begin(&self) -> Result<Use<'_>> {
-        let here = u64::from(process::id()) << 32;
+        let process = process::id();
+        let here = u64::from(process) << 32;
         let mut found = self.0.load(Ordering::Acquire);
         loop {
             let (there, count) = (found & !u64::from(u32::MAX), found & u64::from(u32::MAX));
@@ -55,7 +62,7 @@ impl Uses {
                 );
             }
             match self.0.compare_exchange_weak(found, here | (count + 1), Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Ok(Use(self)),
+                Ok(_) => return Ok(Use { uses: self, process }),
                 Err(now) => found = now,
             }
         }
@@ -64,7 +71,7 @@ impl Uses {
 
 impl Drop for Use<'_> {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::AcqRel);
+        self.uses.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

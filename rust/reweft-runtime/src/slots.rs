@@ -231,6 +231,17 @@ impl Spare {
     }
 }
 
+/// Which slots take memory that somebody may write to as if nobody did.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lending {
+    /// None: what may change is copied.
+    Nothing,
+    /// Those that the program only reads.
+    Read,
+    /// All: the program writes into the lender's memory.
+    All,
+}
+
 /// What was put into slots.
 #[derive(Default)]
 pub(crate) struct Filled {
@@ -242,7 +253,7 @@ pub(crate) struct Filled {
 
 /// Puts a checkpoint's bytes into the slots that a plan names: shared where they can serve as they are, else copied.
 ///
-/// `lend` takes memory that somebody may write to as if nobody did. Copies go into `spare` memory where its size fits.
+/// Copies go into `spare` memory where its size fits.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`] for a plan of another package; read errors.
@@ -250,7 +261,7 @@ pub(crate) fn fill(
     artifact: &Artifact,
     checkpoint: &Checkpoint,
     plan: &Plan,
-    lend: bool,
+    lending: Lending,
     spare: &mut Spare,
     slots: &mut [Held],
 ) -> Result<Filled> {
@@ -259,7 +270,7 @@ pub(crate) fn fill(
         let (Some(slot), Some(held)) = (artifact.slots().get(refill.slot), slots.get_mut(refill.slot)) else {
             return Err(Error::new(ErrorKind::Usage, "the plan is of another package").of_key(&refill.name));
         };
-        if let Some(place) = shared(checkpoint, slot, refill.recipe.plain_key(), lend)? {
+        if let Some(place) = shared(checkpoint, slot, refill.recipe.plain_key(), lending)? {
             if matches!(place, Place::Lent(..)) {
                 filled.notices.extend(other_tied(checkpoint, slot));
             }
@@ -273,7 +284,7 @@ pub(crate) fn fill(
     for ((refill, _), place) in rest.iter().zip(places) {
         slots[refill.slot] = place.into();
     }
-    if lend && !rest.is_empty() {
+    if lending != Lending::Nothing && !rest.is_empty() {
         let why = "of another dtype, layout or alignment than the slot, or not in memory, or written to by the program";
         let names: Vec<&str> = rest.iter().map(|(_, slot)| slot.name.as_str()).collect();
         filled.notices.push(format!("copied and not shared, because {why}: {}", names.join(", ")));
@@ -301,11 +312,15 @@ fn copies(checkpoint: &Checkpoint, slots: &[(&Refill, &Slot)], nbytes: u64, spar
 }
 
 /// The checkpoint's own bytes for a slot, if they can serve as they are: mapped or in memory, in the slot's layout.
-fn shared(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>, lend: bool) -> Result<Option<Place>> {
+fn shared(checkpoint: &Checkpoint, slot: &Slot, key: Option<&str>, lending: Lending) -> Result<Option<Place>> {
     let may_change = checkpoint.format() == Format::Memory && !checkpoint.is_frozen();
-    let Some(key) = key.filter(|_| !slot.mutated && (lend || !may_change)) else {
-        return Ok(None);
+    let serves = match lending {
+        Lending::Nothing => !slot.mutated && !may_change,
+        Lending::Read => !slot.mutated,
+        // The program writes to nothing but memory of a caller who asked for that.
+        Lending::All => !slot.mutated || may_change,
     };
+    let Some(key) = key.filter(|_| serves) else { return Ok(None) };
     let Some((source, start)) = in_memory(checkpoint, key)? else { return Ok(None) };
     let place = if may_change { Place::Lent(source, start) } else { Place::Shared(source, start) };
     Ok(place.is_aligned(slot)?.then_some(place))

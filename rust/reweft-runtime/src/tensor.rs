@@ -20,6 +20,15 @@ pub struct Tensor {
     raw: NonNull<c_void>,
 }
 
+/// Where the elements of a tensor were, and how they lay there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    address: usize,
+    dtype: Dtype,
+    shape: Vec<i64>,
+    strides: Vec<i64>,
+}
+
 // SAFETY: a handle is an intrusive pointer with an atomic count; libtorch ties no tensor to a thread.
 unsafe impl Send for Tensor {}
 
@@ -224,9 +233,7 @@ impl Tensor {
     /// # Errors
     /// [`ErrorKind::Call`] if libtorch refuses, as it does for a tensor that is not defined.
     pub fn shape(&self) -> Result<Vec<i64>> {
-        let sizes = &self.torch.shim().sizes;
-        // SAFETY: `self.raw` is live (invariant of the type).
-        self.dimensions(|out| self.torch.check(sizes, unsafe { (sizes.call)(self.as_raw(), out) }))
+        self.with_shape(<[i64]>::to_vec)
     }
 
     /// Elements between neighbours, per dimension.
@@ -234,9 +241,42 @@ impl Tensor {
     /// # Errors
     /// [`ErrorKind::Call`] if libtorch refuses, as it does for layouts without strides.
     pub fn strides(&self) -> Result<Vec<i64>> {
+        self.with_strides_of(<[i64]>::to_vec)
+    }
+
+    /// What a look at [`shape`](Self::shape) gives; allocates nothing.
+    pub(crate) fn with_shape<T>(&self, look: impl FnOnce(&[i64]) -> T) -> Result<T> {
+        let sizes = &self.torch.shim().sizes;
+        // SAFETY: `self.raw` is live (invariant of the type).
+        self.dimensions(|out| self.torch.check(sizes, unsafe { (sizes.call)(self.as_raw(), out) }), look)
+    }
+
+    /// What a look at [`strides`](Self::strides) gives; allocates nothing.
+    pub(crate) fn with_strides_of<T>(&self, look: impl FnOnce(&[i64]) -> T) -> Result<T> {
         let strides = &self.torch.shim().strides;
         // SAFETY: `self.raw` is live (invariant of the type).
-        self.dimensions(|out| self.torch.check(strides, unsafe { (strides.call)(self.as_raw(), out) }))
+        self.dimensions(|out| self.torch.check(strides, unsafe { (strides.call)(self.as_raw(), out) }), look)
+    }
+
+    /// Where the elements are now, and how they lie there.
+    ///
+    /// # Errors
+    /// As [`dtype`](Self::dtype), [`shape`](Self::shape), [`strides`](Self::strides) and [`data_ptr`](Self::data_ptr).
+    pub fn placement(&self) -> Result<Placement> {
+        let (dtype, shape, strides) = (self.dtype()?, self.shape()?, self.strides()?);
+        Ok(Placement { address: self.data_ptr()?.addr(), dtype, shape, strides })
+    }
+
+    /// Whether the elements are where they were, in the same layout. Setting `data` or resizing moves them. Allocates
+    /// nothing.
+    ///
+    /// # Errors
+    /// As [`placement`](Self::placement).
+    pub fn is_at(&self, placement: &Placement) -> Result<bool> {
+        Ok(self.data_ptr()?.addr() == placement.address
+            && self.dtype()? == placement.dtype
+            && self.with_shape(|shape| shape == placement.shape)?
+            && self.with_strides_of(|strides| strides == placement.strides)?)
     }
 
     /// Where the tensor lives.
@@ -344,8 +384,8 @@ impl Tensor {
         Ok(unsafe { std::slice::from_raw_parts(ptr, nbytes) })
     }
 
-    /// Reads an array with one element per dimension that libtorch lends out.
-    fn dimensions(&self, get: impl Fn(*mut *mut i64) -> Result<()>) -> Result<Vec<i64>> {
+    /// Looks at an array with one element per dimension that libtorch lends out.
+    fn dimensions<T>(&self, get: impl Fn(*mut *mut i64) -> Result<()>, look: impl FnOnce(&[i64]) -> T) -> Result<T> {
         let mut ndim = 0;
         let dim = &self.torch.shim().dim;
         // SAFETY: `self.raw` is live (invariant of the type) and `ndim` is writable.
@@ -354,10 +394,10 @@ impl Tensor {
         let mut array = null_mut();
         get(&raw mut array)?;
         if ndim == 0 || array.is_null() {
-            return Ok(Vec::new());
+            return Ok(look(&[]));
         }
-        // SAFETY: libtorch lends `ndim` elements for as long as the tensor lives unchanged; they are copied here.
-        Ok(unsafe { std::slice::from_raw_parts(array, ndim) }.to_vec())
+        // SAFETY: libtorch lends `ndim` elements for as long as the tensor lives unchanged, and the look ends here.
+        Ok(look(unsafe { std::slice::from_raw_parts(array, ndim) }))
     }
 }
 

@@ -61,6 +61,9 @@ pub struct Origins {
     /// Which new weights it is to take.
     #[serde(default)]
     pub refit: RefitRule,
+    /// What tells the program from others, for who keeps many: a hash of all that it was compiled from but weights.
+    #[serde(default)]
+    pub program: Option<String>,
     /// Every parameter, buffer and tensor attribute.
     pub tensors: Vec<Origin>,
 }
@@ -103,6 +106,8 @@ pub struct Manifest {
     batching: Batching,
     #[serde(default)]
     refit: RefitRule,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    program: Option<String>,
     weights: Option<String>,
     slots: Vec<ManifestSlot>,
     unused: Vec<String>,
@@ -205,6 +210,11 @@ impl Manifest {
     /// Which batch sizes calls may have.
     pub fn batching(&self) -> Batching {
         self.batching
+    }
+
+    /// What tells the program from others, if whoever compiled it said so.
+    pub fn program(&self) -> Option<&str> {
+        self.program.as_deref()
     }
 
     /// Which new weights the package takes.
@@ -315,6 +325,7 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
         signature: origins.signature.clone(),
         batching: Batching::Single,
         refit: origins.refit,
+        program: origins.program.clone(),
         weights: records.weights.clone(),
         slots,
         unused: unused.into_iter().flat_map(|origin| origin.names.clone()).collect(),

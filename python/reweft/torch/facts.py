@@ -69,17 +69,22 @@ class Facts:
 
 def watched(module: torch.nn.Module) -> _core.Watch:
     """What is looked at in each call: dicts and lists by the identity of what is in them, tensors by their address."""
+    modules: list[dict[str, Any]] = []
     containers: list[dict[Any, Any] | list[Any]] = []
     seen: set[int] = set()
     for part in module.modules():
         own = vars(part)
-        looked_at = [own, *(own[name] for name in _DICTS if name in own)]
+        modules.append(own)
+        looked_at = [own[name] for name in _DICTS if name in own]
         containers += looked_at
-        seen.update(map(id, looked_at))
+        seen.update(map(id, (own, *looked_at)))
         for name, value in own.items():
             if name not in _OF_ALL_MODULES:
                 containers += _containers(value, seen, 0)
-    return _core.Watch(containers, [value for value in tensors_of(module).values() if _is_plain(value)])
+    skipped = _OF_ALL_MODULES - {"training"}
+    return _core.Watch(
+        modules, skipped, containers, [value for value in tensors_of(module).values() if _is_plain(value)]
+    )
 
 
 def _containers(value: Any, seen: set[int], depth: int) -> Iterator[dict[Any, Any] | list[Any]]:

@@ -330,7 +330,7 @@ class _Live:
         if self.module.training or torch.is_autocast_enabled("cpu"):
             return self._eager("it is in training mode" if self.module.training else "autocast is on", args, kwargs)
         watch = self._watch
-        if watch is None or watch.moved() or watch.changed() is not None:
+        if watch is None or watch.moved() or watch.changed():
             self._follow()
         for program in self._programs:
             if (result := program.run_fitting(args, kwargs)) is not None:
@@ -349,7 +349,7 @@ class _Live:
         with self._lock:
             if self._watch is None or self._facts is None or not self._programs:
                 return WeightsState.NEEDS_RECOMPILE, "nothing was compiled yet"
-            if not self._watch.moved() and self._watch.changed() is None:
+            if not (self._watch.moved() or self._watch.changed()):
                 return WeightsState.LIVE, ""
             now = Facts(self.module)
             if (why := self._facts.difference(now)) is not None:

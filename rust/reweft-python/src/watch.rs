@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PySet};
 use reweft_runtime::{Placement, Tensor};
 
 use crate::error::{Error, Result};
@@ -19,15 +19,23 @@ pub struct Watch {
 
 /// A dict or list, with what was in it.
 enum Container {
+    /// A module's own dict: how many entries it had, and those that matter.
+    Own(Py<PyDict>, usize, Vec<(Py<PyAny>, Py<PyAny>)>),
     Dict(Py<PyDict>, Vec<(Py<PyAny>, Py<PyAny>)>),
     List(Py<PyList>, Vec<Py<PyAny>>),
 }
 
 #[pymethods]
 impl Watch {
-    /// Notes what is in the containers, and where the tensors are.
+    /// Notes what is in the dicts of modules, but for what stands under the skipped names; what is in containers, in their
+    /// order; and where the tensors are.
     #[new]
-    fn new(containers: &Bound<'_, PyList>, tensors: &Bound<'_, PyList>) -> PyResult<Self> {
+    fn new(
+        modules: &Bound<'_, PyList>,
+        skipped: &Bound<'_, PySet>,
+        containers: &Bound<'_, PyList>,
+        tensors: &Bound<'_, PyList>,
+    ) -> PyResult<Self> {
         let torch = handles::torch()?;
         let placed = handles::take(torch, tensors)?.into_iter().map(|tensor| {
             let placement = tensor.placement()?;
@@ -35,8 +43,9 @@ impl Watch {
         });
         let placed: reweft_runtime::Result<Vec<_>> = placed.collect();
         let placed = placed.map_err(|error| Error::from(reweft::Error::from(error)))?;
-        let containers = containers.iter().map(|container| Container::of(&container)).collect::<PyResult<_>>()?;
-        Ok(Self { containers, tensors: Mutex::new(placed) })
+        let own = modules.iter().map(|module| Container::own(module.cast::<PyDict>()?, skipped));
+        let containers = containers.iter().map(|container| Container::of(&container));
+        Ok(Self { containers: own.chain(containers).collect::<PyResult<_>>()?, tensors: Mutex::new(placed) })
     }
 
     /// Whether a tensor has other elements than those that it had, or they lie in another way.
@@ -50,13 +59,28 @@ impl Watch {
         Ok(false)
     }
 
-    /// The number of the first container that has something else in it.
-    fn changed(&self, py: Python<'_>) -> Option<usize> {
-        self.containers.iter().position(|container| !container.is_same(py))
+    /// Whether something else is in one of the dicts and lists.
+    fn changed(&self, py: Python<'_>) -> PyResult<bool> {
+        for container in &self.containers {
+            if !container.is_same(py)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 
 impl Container {
+    fn own(dict: &Bound<'_, PyDict>, skipped: &Bound<'_, PySet>) -> PyResult<Self> {
+        let mut items = Vec::new();
+        for (key, value) in dict {
+            if !skipped.contains(&key)? {
+                items.push((key.unbind(), value.unbind()));
+            }
+        }
+        Ok(Self::Own(dict.clone().unbind(), dict.len(), items))
+    }
+
     fn of(value: &Bound<'_, PyAny>) -> PyResult<Self> {
         if let Ok(dict) = value.cast::<PyDict>() {
             let items = dict.iter().map(|(key, value)| (key.unbind(), value.unbind())).collect();
@@ -67,8 +91,17 @@ impl Container {
     }
 
     /// Whether the same objects are in it, under the same keys and in the same order.
-    fn is_same(&self, py: Python<'_>) -> bool {
-        match self {
+    fn is_same(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(match self {
+            Self::Own(dict, entries, items) => {
+                let dict = dict.bind(py);
+                for (key, old) in items {
+                    if !dict.get_item(key)?.is_some_and(|value| value.is(old)) {
+                        return Ok(false);
+                    }
+                }
+                dict.len() == *entries
+            }
             Self::Dict(dict, items) => {
                 let dict = dict.bind(py);
                 let mut pairs = dict.iter().zip(items);
@@ -78,6 +111,6 @@ impl Container {
                 let list = list.bind(py);
                 list.len() == items.len() && list.iter().zip(items).all(|(value, old)| value.is(old))
             }
-        }
+        })
     }
 }

@@ -113,3 +113,28 @@ class Overlapping(nn.Module):
 def test_written_buffer_that_another_is_a_view_of_is_refused() -> None:
     with pytest.raises(reweft.UnsupportedError, match="functional"):
         rt.trace(Overlapping().eval(), torch.ones(3))
+
+
+def test_forward_that_writes_to_attributes_is_refused() -> None:
+    # Export compiles the value of the first call in, and puts the attribute back.
+    class Stepping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+            self.steps, self.seen = 0, [1]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            out: torch.Tensor = self.fc(x) + self.steps
+            return out
+
+    class Gathering(Stepping):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(2)
+            out: torch.Tensor = self.fc(x) + sum(self.seen)
+            return out
+
+    for kind, name in ((Stepping, "steps is 1, was 0"), (Gathering, "seen")):
+        with pytest.raises(reweft.UnsupportedError, match=f"a call changes what the module is.*{name}") as error:
+            rt.trace(kind().eval(), torch.zeros(1, 2))
+        assert_hints(error)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reweft import _core
-from reweft.torch.tensors import dtype_name, held_tensors
-from reweft.torch.tracing import identity
+from reweft.torch.tensors import dtype_name, held_tensors, identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Facts", "tensors_of", "watched"]
+__all__ = ["Facts", "attribute_changes", "tensors_of", "watched"]
 
 # What every module has and no forward reads, beside the dicts that are looked at by themselves.
 _OF_ALL_MODULES = set(vars(torch.nn.Module()))
@@ -52,11 +52,8 @@ class Facts:
     def difference(self, other: Facts) -> str | None:
         """What another program is needed for, if anything; `other` is newer."""
         for kind in ("_attributes", "_layouts"):
-            old, new = getattr(self, kind), getattr(other, kind)
-            for name in [*old, *(name for name in new if name not in old)]:
-                before, now = old.get(name, "absent"), new.get(name, "absent")
-                if before != now:
-                    return f"{name} is {_shown(now)}, was {_shown(before)}"
+            if (found := _difference(getattr(self, kind), getattr(other, kind))) is not None:
+                return found
         return None if self._ties == other._ties else "other parameters share memory than before"
 
     def moved(self, other: Facts) -> str | None:
@@ -65,6 +62,33 @@ class Facts:
         if not moved:
             return None
         return f"{moved[0]} is another tensor" + (f", and {len(moved) - 1} more" if len(moved) > 1 else "")
+
+
+@contextlib.contextmanager
+def attribute_changes(module: torch.nn.Module) -> Iterator[list[str]]:
+    """Find out what calls of a module change in its attributes; texts, in a list that is filled meanwhile.
+
+    Export puts attributes back when it is done, so they are looked at when a call begins and when it ends.
+    """
+    changes: list[str] = []
+    begun: list[dict[str, Any]] = []
+
+    def values() -> dict[str, Any]:
+        return {name: _values(fact) for name, fact in _attributes(module)}
+
+    def begin(*_: Any) -> None:
+        begun.append(values())
+
+    def end(*_: Any) -> None:
+        if (found := _difference(begun.pop(), values())) is not None:
+            changes.append(found)
+
+    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield changes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def watched(module: torch.nn.Module) -> _core.Watch:
@@ -103,6 +127,27 @@ def _containers(value: Any, seen: set[int], depth: int) -> Iterator[dict[Any, An
         parts = (vars(value),)
     for part in parts:
         yield from _containers(part, seen, depth + 1)
+
+
+def _values(fact: Any) -> Any:
+    """Of a fact what is a value: export puts tensors of its own into a module, also into lists that refer to them."""
+    match fact:
+        case bool():
+            return fact
+        case (type(), str()):
+            return fact
+        case (_, list(parts)):
+            return [(key, _values(part)) for key, part in parts]
+        case _:
+            return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    for name in [*old, *(name for name in new if name not in old)]:
+        before, now = old.get(name, "absent"), new.get(name, "absent")
+        if before != now:
+            return f"{name} is {_shown(now)}, was {_shown(before)}"
+    return None
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

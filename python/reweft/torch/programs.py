@@ -20,8 +20,7 @@ from torch.utils import _pytree as pytree
 from reweft import _core
 from reweft.errors import UnsupportedError
 from reweft.torch.signature import describe, size_of
-from reweft.torch.tensors import dtype_name
-from reweft.torch.tracing import identity
+from reweft.torch.tensors import dtype_name, identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
     from reweft.checkpoint import TensorInfo
 
-__all__ = ["checkpoint_of", "dtype_name", "dtype_of", "held_tensors", "is_plain_type", "mapped_tensors", "tensor"]
+__all__ = [
+    "checkpoint_of",
+    "dtype_name",
+    "dtype_of",
+    "held_tensors",
+    "identity",
+    "is_plain_type",
+    "mapped_tensors",
+    "tensor",
+]
 
 # Types whose instances are their bytes, shape and strides, and nothing else.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
@@ -151,3 +160,11 @@ def _plain(key: str, value: object, name: str) -> torch.Tensor:
     if value.is_conj() or value.is_neg():
         return value.detach().resolve_conj().resolve_neg()
     return value
+
+
+def identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for names of one tensor. Empty tensors have no address to be told apart by, so each is its own."""
+    if value.numel() == 0:
+        return (fqn,)
+    where = (value.untyped_storage().data_ptr(), value.storage_offset())
+    return (*where, tuple(value.shape), value.stride(), value.dtype)

@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from reweft import _core
 from reweft.errors import MismatchError, UnsupportedError, UsageError
 from reweft.torch.compiled import CompiledModule, load
+from reweft.torch.facts import attribute_changes
 from reweft.torch.functions import Function, as_module
 from reweft.torch.signature import describe, flatten
 from reweft.torch.sources import LITERAL
-from reweft.torch.tensors import held_tensors
+from reweft.torch.tensors import held_tensors, identity
 
 if TYPE_CHECKING:
     import os
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-__all__ = ["Origins", "compiled_package", "compiler_settings", "exported", "identity", "origins", "trace"]
+__all__ = ["Origins", "compiled_package", "compiler_settings", "exported", "origins", "trace"]
 
 # What each option is for; without them AOTInductor writes small tensors and folded scalars into the code.
 _KEEP_CONSTANTS: dict[str, Any] = {
@@ -134,9 +135,16 @@ def exported(
     """Export a module, with every tensor of it under its path.
 
     Raises:
-        UnsupportedError: An argument or result has a container that a package cannot name.
+        UnsupportedError: An argument or result has a container that a package cannot name, or `forward` writes to
+            attributes: export would compile the first call's values in and put the old ones back, without a word.
     """
-    program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    with attribute_changes(module) as changes:
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    if changes:
+        raise UnsupportedError(
+            f"a call changes what the module is, which a program cannot do: {changes[0]}",
+            hint="keep it in a buffer; if a call only remembers something, call the module once before",
+        )
     _check_structure(program)
     _name_constants(program, module)
     return program
@@ -415,11 +423,3 @@ def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:
         raise UnsupportedError(f"torch cannot make the program functional: {error}") from error
     parameters: dict[str, str] = getattr(signature, "parameters_to_mutate", {})
     return {*signature.buffers_to_mutate.values(), *parameters.values()}, {*signature.user_inputs_to_mutate.values()}
-
-
-def identity(fqn: str, value: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for names of one tensor. Empty tensors have no address to be told apart by, so each is its own."""
-    if value.numel() == 0:
-        return (fqn,)
-    where = (value.untyped_storage().data_ptr(), value.storage_offset())
-    return (*where, tuple(value.shape), value.stride(), value.dtype)

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import copy
+import enum
 import gc
+import io
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,26 @@ import reweft
 import reweft.torch as rt
 from modules import DTYPES, Tied, WithState, assert_equal, bits, make, save, values
 from reweft.torch import loading
+
+
+class Kind(enum.Enum):
+    """Something that no reader of plain data makes."""
+
+    ONE = 1
+
+
+class Keeps(nn.Module):
+    """Keeps its extra state as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: object = 0
+
+    def get_extra_state(self) -> object:
+        return self.kept
+
+    def set_extra_state(self, state: object) -> None:
+        self.kept = state
 
 
 class Holder(nn.Module):
@@ -519,7 +541,7 @@ def test_a_hook_that_fails_half_way_changes_nothing(kind: str, tmp_path: Path) -
     assert not hasattr(net[1], "more")
 
 
-def test_extra_state(tmp_path: Path) -> None:
+def test_extra_state() -> None:
     net = nn.Sequential(WithState(), WithState())
     state = net.state_dict()
     for number in range(2):
@@ -527,14 +549,83 @@ def test_extra_state(tmp_path: Path) -> None:
         state[f"{number}._extra_state"] = [number, 7]
     rt.load_into(net, state)
     assert (net[0].history, net[1].history) == ([0, 7], [1, 7])
-    torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(reweft.MismatchError, match=r"0\._extra_state(.|\n)*pass a state_dict"):
-        rt.load_into(net, tmp_path / "state.pt")
     state["0._extra_state"], state["1._extra_state"], state["0.weight"] = [5], [13], torch.full((2,), 5.0)
     with pytest.raises(ValueError, match="unlucky"):
         rt.load_into(net, state)
     assert (net[0].history, net[1].history) == ([0, 7], [1, 7])
     assert net[0].weight.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "nested"])
+@pytest.mark.parametrize(
+    "extra",
+    [[3, 7], {"seen": (1, 2.5, None), "bytes": b"\0", "more": OrderedDict(a=[True])}, None, "text", 2**70, []],
+    ids=["list", "dict", "none", "text", "large", "empty"],
+)
+def test_extra_state_of_files_is_what_torch_load_gives(kind: str, extra: object, tmp_path: Path) -> None:
+    net, path = nn.Sequential(nn.Linear(2, 2), Keeps()), tmp_path / "state.pt"
+    state = net.state_dict()
+    state["1._extra_state"] = extra
+    torch.save({"model": state} if kind == "nested" else state, path, _use_new_zipfile_serialization=kind != "legacy")
+    wanted, key = nn.Sequential(nn.Linear(2, 2), Keeps()), "model" if kind == "nested" else None
+    wanted.load_state_dict(state)
+    rt.load_into(net, path, top_level_key=key)
+    assert net[1].kept == wanted[1].kept
+    assert type(net[1].kept) is type(wanted[1].kept)
+
+
+def test_extra_state_of_files_that_is_no_plain_data_is_refused(tmp_path: Path) -> None:
+    net, path = nn.Sequential(Keeps()), tmp_path / "state.pt"
+    before = net[0].kept
+    for extra in ({"scale": torch.ones(2), "n": 3}, io.BytesIO(b"abc"), torch.float16, {"kind": Kind.ONE}):
+        torch.save({**net.state_dict(), "0._extra_state": extra}, path)
+        for strict in (True, False):
+            with pytest.raises(reweft.UnsupportedError, match=r"0\._extra_state(.|\n)*pass a state_dict"):
+                rt.load_into(net, path, strict=strict)
+    torch.save({**net.state_dict(), "0._extra_state": [1]}, path)
+    with pytest.raises(reweft.MismatchError, match=r"0\._extra_state(.|\n)*pass a state_dict"):
+        rt.load_into(net, path, keys=reweft.KeyMap([("^x", "y")]))
+    assert net[0].kept is before
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "nested"])
+def test_versions_of_files_are_what_torch_load_gives(kind: str, tmp_path: Path) -> None:
+    seen: list[object] = []
+
+    class Versioned(nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state: Any, prefix: str, local: Any, *rest: Any) -> None:
+            seen.append(dict(local))
+            super()._load_from_state_dict(state, prefix, local, *rest)
+
+    net, path = nn.Sequential(Versioned(2, 2), nn.Sequential(Versioned(2, 2))), tmp_path / "state.pt"
+    state = net.state_dict()
+    state._metadata["1.0"]["note"] = "kept"
+    torch.save({"model": state} if kind == "nested" else state, path, _use_new_zipfile_serialization=kind != "legacy")
+    rt.load_into(net, path, top_level_key="model" if kind == "nested" else None)
+    assert seen == [{"version": 3}, {"version": 3, "note": "kept"}]
+    seen.clear()
+    rt.load_into(net, save(dict(state), tmp_path, "safetensors"))
+    assert seen == [{}, {}]
+    state._metadata = [1]
+    torch.save(state, path)
+    with pytest.raises(reweft.FormatError, match="_metadata"):
+        rt.load_into(net, path)
+
+
+def test_versions_of_a_file_decide_what_may_be_missing(tmp_path: Path) -> None:
+    net, path = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), tmp_path / "state.pt"
+    state = net.state_dict()
+    del state["0.num_batches_tracked"]
+    torch.save(state, path)
+    with pytest.raises(reweft.MismatchError, match=r"0\.num_batches_tracked"):
+        rt.load_into(net, path)
+    state._metadata["0"]["version"] = 1
+    torch.save(state, path)
+    net[0].num_batches_tracked.fill_(5)
+    assert rt.load_into(net, path) == ([], [])
+    assert net[0].num_batches_tracked == 5
 
 
 def test_versions_of_a_state_dict_are_kept() -> None:

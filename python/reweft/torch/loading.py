@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from reweft.checkpoint import Checkpoint
 from reweft.checkpoint import open as open_checkpoint
-from reweft.errors import MismatchError, ReweftError, UnsupportedError, UsageError
+from reweft.errors import FormatError, MismatchError, ReweftError, UnsupportedError, UsageError
 from reweft.torch.kinds import (
     describe,
     handles_loading,
@@ -104,7 +105,7 @@ def load_into(
         mode: How the weights get there.
         strict: If True, a name without a key or a key without a name is an error. If False, they are in the result.
         keys: Rules from keys to names; None means identical names. The versions of a state_dict (`_metadata`) are left
-            out then.
+            out then, and extra state that is no tensor is missing.
         allow_cast: Convert between float dtypes, rounding to nearest even.
         top_level_key: Dotted path of the dict that holds the weights; for files.
 
@@ -114,8 +115,8 @@ def load_into(
     Raises:
         MismatchError: Names, shapes or dtypes do not fit, or names that share memory get different values.
         UnsupportedError: A tensor is of a kind that cannot be loaded so: a subclass without a handler (DTensor gets no
-            plain tensor), one that cannot be swapped, a parameter on the meta device in copy mode. The message
-            says why.
+            plain tensor), one that cannot be swapped, a parameter on the meta device in copy mode. Or a file has extra
+            state with tensors in it, or of classes that are not Python's own. The message says why.
         UsageError: The arguments contradict each other.
         FormatError: The file is damaged, or a CRC is wrong.
         IoError: The file cannot be read. If it was changed while the bytes moved, or the disk failed then, the message
@@ -156,7 +157,43 @@ class _Weights:
         self.checkpoint = checkpoint
         # Of a checkpoint the key that a name stands for, else the value itself.
         self.values = dict(values)
-        self.metadata = getattr(values, "_metadata", None)
+        self.extra_states: dict[str, Any] = {}
+        """What a file has for modules beside tensors."""
+        self._metadata = getattr(values, "_metadata", None)
+
+    @cached_property
+    def metadata(self) -> Any:
+        """`_metadata` of the state_dict, which has the versions of modules; None if there is none.
+
+        Raises:
+            FormatError: The file has something else under that name.
+        """
+        if self.checkpoint is None:
+            return self._metadata
+        found = self.checkpoint._core.state_metadata()  # noqa: SLF001  (one package)
+        if found is not None and not (isinstance(found, dict) and all(isinstance(v, dict) for v in found.values())):
+            raise self.error(FormatError, "_metadata", "not a dict of dicts, as state_dict() makes it")
+        return found
+
+    def read_extra_states(self, names: Iterable[str]) -> None:
+        """Read what a file has for modules beside tensors, without running anything.
+
+        Raises:
+            UnsupportedError: It is more than plain data.
+        """
+        checkpoint = self.checkpoint
+        # A key map renames tensors only, so whose state it is would be a guess.
+        if checkpoint is None or checkpoint.key_report is not None:
+            return
+        paths = [path for path in (*checkpoint.non_tensors, *self.values) if _EXTRA in path]
+        held = {path.partition(_EXTRA)[0] + _EXTRA for path in paths}
+        for name in names:
+            if name in held and name not in self.values:
+                try:
+                    self.extra_states[name] = checkpoint._core.value(name)  # noqa: SLF001
+                except UnsupportedError as error:
+                    what = "extra state that is more than plain data, which is not read from this file"
+                    raise self.error(UnsupportedError, name, what, "pass a state_dict") from error
 
     def find(self, name: str) -> _Found | None:
         """The tensor of a name; None if there is none.
@@ -342,6 +379,7 @@ class _Load:
             MismatchError: Something does not fit.
             UnsupportedError: Something cannot be loaded in this mode.
         """
+        self.weights.read_extra_states(name for part, name in self._extra_names() if _has_extra(part))
         groups = self._groups()
         for group in groups:
             self._complete(group)
@@ -382,9 +420,10 @@ class _Load:
 
     def _check_names(self, *, strict: bool) -> None:
         extra = [name for part, name in self._extra_names() if _has_extra(part)]
-        values = self.weights.values
-        absent = {place.name for place in self.places if place.is_absent_in_old_files}
-        if self.weights.metadata is None and any(name in values for name in absent):
+        values: Mapping[str, Any] = {**self.weights.values, **self.weights.extra_states}
+        counts = {place.name for place in self.places if place.is_absent_in_old_files}
+        absent = counts - values.keys()
+        if absent != counts and self.weights.metadata is None:
             # Whoever wrote it knew these names, so one that is not there was left out.
             absent = set()
         wanted = [*(place.name for place in self.places), *extra]
@@ -398,7 +437,7 @@ class _Load:
         objects = {} if self.weights.checkpoint is None else self.weights.checkpoint.non_tensors
         hint = "rename keys with keys=, or pass strict=False"
         if any(name in objects for name in extra):
-            hint = "the file has extra state that is no tensor, which only running it gives: pass a state_dict"
+            hint = "the file has extra state that is no tensor, which a key map does not rename: pass a state_dict"
         name = (self.missing or self.unexpected)[0]
         error = MismatchError(f"{self.weights.name}: {type(self.module).__name__}: {what}", key=name, hint=hint)
         error.path = None if self.weights.checkpoint is None else self.weights.checkpoint.path
@@ -571,6 +610,7 @@ class _Load:
             found.update({name: self._cast(name, found[name]) for name in self.found})
         # Of keys that nobody asks for it hears the names alone.
         state = OrderedDict((name, found.get(name, torch.empty(0))) for name in weights.values)
+        state.update(weights.extra_states)
         if weights.metadata is not None:
             state._metadata = weights.metadata  # type: ignore[attr-defined]  # noqa: SLF001  (torch's own way)
         return state

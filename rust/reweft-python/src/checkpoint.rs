@@ -9,10 +9,11 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 use reweft::source::{Access, PrivateMap, Source};
-use reweft::{Dtype, OpenOptions};
+use reweft::{Dtype, Limits, OpenOptions};
 
 use crate::buffer::{Borrowed, Buffer};
-use crate::error::Result;
+use crate::config::to_python;
+use crate::error::{Error, Result};
 use crate::handles;
 
 /// A selection and ordered rules; see `reweft.KeyMap`.
@@ -131,7 +132,7 @@ impl Checkpoint {
     /// The weights of an artifact, under the names of its slots. Compares their CRCs.
     #[staticmethod]
     fn of_artifact(py: Python<'_>, path: PathBuf) -> Result<Self> {
-        let weights = py.detach(|| reweft::Artifact::open(&path, Access::Read, &reweft::Limits::default())?.weights());
+        let weights = py.detach(|| reweft::Artifact::open(&path, Access::Read, &Limits::default())?.weights());
         Ok(Self(Arc::new(weights?)))
     }
 
@@ -223,6 +224,23 @@ impl Checkpoint {
 
     fn values(&self) -> Vec<(String, String)> {
         self.0.values().iter().map(|value| (value.path.clone(), value.what.clone())).collect()
+    }
+
+    /// The value at a path of `values`, as the Python data that it was.
+    fn value<'py>(&self, py: Python<'py>, path: &str) -> PyResult<Bound<'py, PyAny>> {
+        let read = || {
+            let config = self.0.config(path)?;
+            config.check_plain().map_err(|error| error.in_file(self.0.path()))?;
+            Ok::<_, reweft::Error>(config)
+        };
+        let config = py.detach(read).map_err(Error::from)?;
+        to_python(py, &config, self.0.path(), &Limits::default())
+    }
+
+    /// The `_metadata` of a state_dict, as plain Python data.
+    fn state_metadata<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let config = py.detach(|| self.0.state_metadata()).map_err(Error::from)?;
+        config.map(|config| to_python(py, &config, self.0.path(), &Limits::default())).transpose()
     }
 
     fn unknown_globals(&self) -> Vec<String> {

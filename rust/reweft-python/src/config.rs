@@ -23,8 +23,13 @@ pub fn load_config(
     let limits = crate::limits::limits(limits)?;
     let options = OpenOptions { top_level_key, limits, ..OpenOptions::default() };
     let config = py.detach(|| Config::open(&path, &options)).map_err(PyError::from)?;
-    let builder = Builder { py, config: &config, made: vec![None; config.values().len()], nbytes: 0 };
-    Ok(builder.build(&path, &options.limits)?.unbind())
+    Ok(to_python(py, &config, &path, &options.limits)?.unbind())
+}
+
+/// Makes Python data of a config; the path is for messages.
+pub fn to_python<'py>(py: Python<'py>, config: &Config, path: &Path, limits: &Limits) -> PyResult<Bound<'py, PyAny>> {
+    let builder = Builder { py, config, made: vec![None; config.values().len()], nbytes: 0 };
+    builder.build(path, limits)
 }
 
 struct Builder<'py, 'c> {

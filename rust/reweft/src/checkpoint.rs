@@ -36,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
+use reweft_pickle::Pickle;
 
 use crate::config::{self, Config};
 use crate::convert::can_cast;
@@ -515,13 +516,48 @@ impl Checkpoint {
 
     /// Everything in the file's pickle as data, tensors as what they are; `None` for formats that hold tensors alone.
     pub(crate) fn survey(&self) -> Result<Option<Config>> {
+        self.visit(self.top_level_key.clone(), config::survey)
+    }
+
+    /// What the file holds at a path of [`values`](Self::values), as data. Reads the file's pickle again, no tensor.
+    ///
+    /// # Errors
+    /// As [`Config::open`]; [`ErrorKind::Unsupported`] for formats that hold tensors alone.
+    pub fn config(&self, path: &str) -> Result<Config> {
+        let key = self.top_level_key.iter().map(String::as_str).chain([path]).collect::<Vec<_>>().join(".");
+        self.visit(Some(key), config::read)?.ok_or_else(|| {
+            let what = format!("a {} file holds nothing but tensors", self.format.name());
+            Error::new(ErrorKind::Unsupported, what).of_key(path).in_file(&self.path)
+        })
+    }
+
+    /// The attribute `_metadata` that `state_dict()` gives to its dict and `torch.save` keeps: a dict from the path of each
+    /// module to a dict with its `version`. `None` if the file has none, or a key map has renamed what it speaks of.
+    /// Reads the file's pickle again, no tensor.
+    ///
+    /// # Errors
+    /// As [`Config::open`].
+    pub fn state_metadata(&self) -> Result<Option<Config>> {
+        if self.mapped.is_some() {
+            return Ok(None);
+        }
+        let found =
+            self.visit(self.top_level_key.clone(), |pickle, options| config::attribute(pickle, "_metadata", options));
+        Ok(found?.flatten())
+    }
+
+    /// Hands over the file's pickle; `None` for formats that hold tensors alone.
+    fn visit<R>(
+        &self,
+        top_level_key: Option<String>,
+        then: impl FnOnce(&Pickle<'_>, &OpenOptions) -> Result<R>,
+    ) -> Result<Option<R>> {
         let Some((source, limits)) = &self.origin else { return Ok(None) };
         if !matches!(self.format, Format::TorchZip | Format::TorchLegacy | Format::TorchTar | Format::Pickle) {
             return Ok(None);
         }
-        let (top_level_key, limits) = (self.top_level_key.clone(), limits.clone());
-        let options = OpenOptions { top_level_key, limits, ..OpenOptions::default() };
-        let found = visit(source, &options, |pickle| config::survey(pickle, &options));
+        let options = OpenOptions { top_level_key, limits: limits.clone(), ..OpenOptions::default() };
+        let found = visit(source, &options, |pickle| then(pickle, &options));
         found.map(Some).map_err(|error| error.in_file(&self.path))
     }
 

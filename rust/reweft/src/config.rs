@@ -19,7 +19,7 @@ use crate::checkpoint::{self, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{self, Source};
 use crate::write;
-pub(crate) use read::survey;
+pub(crate) use read::{attribute, read, survey};
 pub use value::{
     Array, Clock, Dict, DictClass, Elements, Id, Name, NameKind, Namespace, Object, Opaque, Pairs, PathParts, Time,
     Value,
@@ -109,7 +109,7 @@ impl Config {
     /// As [`open`](Self::open).
     #[allow(clippy::needless_pass_by_value, reason = "the source is handed over, as to a checkpoint")]
     pub fn from_source(name: &Path, source: Source, options: &OpenOptions) -> Result<Self> {
-        checkpoint::visit(&source, options, |pickle| read::read(pickle, options)).map_err(|error| error.in_file(name))
+        checkpoint::visit(&source, options, |pickle| read(pickle, options)).map_err(|error| error.in_file(name))
     }
 
     /// Number of the outermost value.
@@ -195,6 +195,24 @@ impl Config {
             Value::Opaque(opaque) => opaque.what.clone(),
             _ => self.label(id),
         }
+    }
+
+    /// Refuses what only the library that wrote it can make: instances of classes that are not known, and constants of
+    /// torch.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with the path of the first one.
+    pub fn check_plain(&self) -> Result<()> {
+        for (index, value) in self.values.iter().enumerate() {
+            let what = match value {
+                Value::Object(object) => format!("an instance of {}", object.class),
+                Value::Name(name) if name.kind != NameKind::NumpyDtype => format!("{} {}", name.kind.name(), name.text),
+                _ => continue,
+            };
+            let id = Id(u32::try_from(index).unwrap_or(u32::MAX));
+            return Err(self.error(id, ErrorKind::Unsupported, format!("{what}, which is not made here")));
+        }
+        Ok(())
     }
 
     /// Refuses a value that holds itself, which no tree can say.

@@ -21,25 +21,32 @@ const FACTORIES: &[&str] =
     &["list", "dict", "set", "tuple", "int", "float", "bool", "str", "bytes", "complex", "frozenset"];
 
 /// Reads the value below `top_level_key` and all that it holds.
-pub(super) fn read(pickle: &Pickle<'_>, options: &OpenOptions) -> Result<Config> {
-    let config = walk(pickle, options, false)?;
-    config.check_cycles()?;
-    config.check_keys()?;
-    Ok(config)
+pub(crate) fn read(pickle: &Pickle<'_>, options: &OpenOptions) -> Result<Config> {
+    walk(pickle, root(pickle, options)?, options, false)?.checked()
+}
+
+/// Reads an attribute of the object below `top_level_key`, as `copy.copy` and pickles keep it; `None` if it has none.
+pub(crate) fn attribute(pickle: &Pickle<'_>, name: &str, options: &OpenOptions) -> Result<Option<Config>> {
+    let Some(object) = pickle.as_object(root(pickle, options)?) else { return Ok(None) };
+    let named = object.state().iter().rev().filter_map(|state| pickle.dict(*state)).find_map(|pairs| {
+        pairs.iter().rev().find(|(key, _)| pickle.as_str(*key) == Some(name)).map(|(_, value)| *value)
+    });
+    let config = named.map(|value| walk(pickle, value, options, false)?.checked()).transpose();
+    config.map_err(|error| error.of_key(name))
 }
 
 /// Reads everything in a pickle, with tensors and what is not known as [`Value::Opaque`]. Values may hold themselves,
 /// and dicts may have a key twice.
 pub(crate) fn survey(pickle: &Pickle<'_>, options: &OpenOptions) -> Result<Config> {
-    walk(pickle, options, true)
+    walk(pickle, root(pickle, options)?, options, true)
 }
 
-fn walk(pickle: &Pickle<'_>, options: &OpenOptions, is_survey: bool) -> Result<Config> {
+fn root(pickle: &Pickle<'_>, options: &OpenOptions) -> Result<NodeId> {
+    options.top_level_key.as_deref().map_or(Ok(pickle.root()), |key| descend(pickle, key))
+}
+
+fn walk(pickle: &Pickle<'_>, root: NodeId, options: &OpenOptions, is_survey: bool) -> Result<Config> {
     let top_level_key = options.top_level_key.as_deref();
-    let root = match top_level_key {
-        Some(key) => descend(pickle, key)?,
-        None => pickle.root(),
-    };
     let mut reader = Reader {
         pickle,
         ids: HashMap::new(),
@@ -346,6 +353,13 @@ enum Key<'c> {
 }
 
 impl Config {
+    /// Refuses what Python's dicts and no tree can say.
+    fn checked(self) -> Result<Self> {
+        self.check_cycles()?;
+        self.check_keys()?;
+        Ok(self)
+    }
+
     /// Refuses a dict or set that has one key twice: which value is meant depends on the reader.
     fn check_keys(&self) -> Result<()> {
         for (index, value) in self.values.iter().enumerate() {

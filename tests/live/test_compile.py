@@ -19,7 +19,7 @@ from torch.nn import functional as fn
 from torch.utils import _pytree as pytree
 
 import reweft.torch as rt
-from reweft.errors import MismatchError, UnsupportedError, UsageError
+from reweft.errors import FormatError, MismatchError, UnsupportedError, UsageError
 from reweft.torch.programs import NoKeyError, key_of, number_weights
 from reweft.torch.signature import flatten
 from reweft.torch.tracing import compiler_settings, exported
@@ -580,6 +580,55 @@ def test_weights_that_cannot_be_followed_are_refused_by_name(cache: rt.ProgramCa
     same(compiled, module, X)
 
 
+def test_lazily_conjugated_weights_are_refused_by_name(cache: rt.ProgramCache) -> None:
+    # Their values are not their bytes: a program would compute with a copy, which follows nothing.
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = torch.tensor([1 + 2j, 3 - 1j]).conj()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.turn
+
+    module, x = Turned().eval(), torch.ones(2, dtype=torch.complex64)
+    compiled = rt.compile(module, cache_dir=cache)
+    with pytest.raises(UnsupportedError, match=r"cannot be followed where they are: turn"):
+        compiled(x)
+    module.turn = module.turn.resolve_conj()
+    same(compiled, module, x)
+
+
+def test_weights_outside_the_state_dict_alone(cache: rt.ProgramCache) -> None:
+    class Rotary(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.register_buffer("angles", torch.rand(4), persistent=False)
+            self.scale = torch.rand(4)
+            self.angles: torch.Tensor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.angles.cos() + self.scale
+
+    before = len(cache.list())
+    for seed in range(2):
+        module = Rotary(seed).eval()
+        compiled = rt.compile(module, cache_dir=cache)
+        same(compiled, module, torch.ones(2, 4))
+        module.scale = torch.rand(4)
+        module.angles.zero_()
+        same(compiled, module, torch.ones(2, 4))
+    assert len(cache.list()) == before + 1
+
+
+def test_no_weights_at_all(cache: rt.ProgramCache) -> None:
+    before = len(cache.list())
+    for _ in range(2):
+        module = nn.GELU().eval()
+        same(rt.compile(module, cache_dir=cache), module, X)
+    assert len(cache.list()) == before + 1
+
+
 def test_tensors_that_are_not_on_the_cpu_are_refused_before_anything_is_compiled(cache: rt.ProgramCache) -> None:
     with torch.device("meta"):
         module = make()
@@ -635,6 +684,11 @@ def test_saved_and_loaded_without_a_pickle_and_without_a_compiler(
     assert len(lines(caplog, "taken from the cache")) == 2
     with pytest.raises(MismatchError, match=r"first\.weight"):
         rt.load_compiled(nn.Linear(4, 4), tmp_path / "saved")
+    (tmp_path / "saved" / "options.json").unlink()
+    untouched = make(9)
+    with pytest.raises(FormatError, match=r"options\.json"):
+        rt.load_compiled(untouched, tmp_path / "saved")
+    assert torch.equal(untouched.first.weight, make(9).first.weight)
 
 
 def test_calls_beside_replacements_run_on_one_set_of_weights(cache: rt.ProgramCache) -> None:

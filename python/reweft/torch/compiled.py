@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from reweft.keymap import KeyMap
 
-__all__ = ["CompiledModule", "Refittable", "ReplaceReport", "Weights", "load", "replace_weights", "save"]
+__all__ = ["CompiledModule", "Refittable", "ReplaceReport", "Weights", "load", "replace_weights", "report_of", "save"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class CompiledModule:
     def load_report(self) -> ReplaceReport | None:
         """What `load(path, weights=...)` did with the weights; None if there were none."""
         report = self._core.load_report()
-        return None if report is None else _report(report)
+        return None if report is None else report_of(report)
 
     @property
     def weights_version(self) -> str:
@@ -359,10 +359,11 @@ def replace_weights(
         lend_written=False,
         keep_written=state == "keep",
     )
-    return _report(report) if copy or not source.resolved else _with_resolved(_report(report), source)
+    return report_of(report) if copy or not source.resolved else _with_resolved(report_of(report), source)
 
 
-def _report(report: str) -> ReplaceReport:
+def report_of(report: str) -> ReplaceReport:
+    """The engine's report, which is JSON."""
     data = json.loads(report)
     return ReplaceReport(
         slots=data["slots"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reweft import _core
-from reweft.torch.tensors import dtype_name, held_tensors, identity
+from reweft.torch.tensors import dtype_name, held_tensors, identity, is_plain_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -228,8 +228,7 @@ def _layout(value: torch.Tensor) -> tuple[Any, ...]:
 
 def _is_plain(value: torch.Tensor) -> bool:
     """Whether its bytes are all there is to it."""
-    kinds = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-    return type(value) in kinds and value.layout is torch.strided and value.is_cpu
+    return is_plain_type(type(value)) and value.layout is torch.strided and value.is_cpu
 
 
 def _ties(tensors: dict[str, torch.Tensor]) -> list[list[str]]:

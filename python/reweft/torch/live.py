@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from reweft import _core
 from reweft.errors import FormatError, MismatchError, ReweftError, UnsupportedError, UsageError
-from reweft.torch.compiled import CompiledModule, load, save
+from reweft.torch.compiled import CompiledModule, load, report_of, save
 from reweft.torch.facts import Facts, tensors_of, watched
 from reweft.torch.files import save_file
 from reweft.torch.loading import load_into
@@ -125,15 +125,14 @@ def load_compiled(
 
     Raises:
         MismatchError: The weights are those of another architecture; the module is as it was.
-        IoError: There is no such folder.
-        FormatError: A file in it is damaged.
+        FormatError: The folder is none that `save_compiled` wrote, or a file in it is damaged; the module is as it was.
     """
     place = Path(folder)
-    load_into(module, place / _WEIGHTS)
     try:
         options = json.loads((place / _OPTIONS).read_text())
     except (OSError, ValueError) as error:
         raise FormatError(f"{place / _OPTIONS}: {error}") from error
+    load_into(module, place / _WEIGHTS)
     return compile(
         module, cache_dir=place / _PROGRAMS, dynamic_shapes=dynamic_shapes, options=options, replicas=replicas
     )
@@ -269,34 +268,26 @@ class _Program:
         missing = [path for path, value in found.items() if value is None]
         if missing:
             raise UnsupportedError(f"{missing[0]!r}: the module has no such tensor, and export found one")
-        # Says what is wrong with a tensor under its own name.
-        checkpoint_of({path: value for path, value in found.items() if value is not None}, "the module")
         weights = {name: found[path] for name, path in self._places.items()}
         checkpoint = checkpoint_of({name: value for name, value in weights.items() if value is not None}, "module")
-        report = self._core.refit(
-            checkpoint._core,  # noqa: SLF001
-            cast=False,
-            missing=False,
-            unused=False,
-            lend=True,
-            lend_written=True,
-            keep_written=False,
-        )
-        if any("copied and not shared" in notice for notice in _notices(report)):
-            names = ", ".join(path for path, value in found.items() if value is not None and not _is_aligned(value))
-            raise UnsupportedError(
-                f"these weights cannot be followed where they are: {names or ', '.join(found)}",
-                hint="they begin at no multiple of their element size, or are lazily conjugated or negated; clone them",
+        report = report_of(
+            self._core.refit(
+                checkpoint._core,  # noqa: SLF001
+                cast=False,
+                missing=False,
+                unused=False,
+                lend=True,
+                lend_written=True,
+                keep_written=False,
             )
+        )
+        if report.bytes_copied:
+            raise UnsupportedError(f"some weights would be copied and not followed: {'; '.join(report.notices)}")
 
 
-def _notices(report: str) -> list[str]:
-    notices: list[str] = json.loads(report)["notices"]
-    return notices
-
-
-def _is_aligned(value: torch.Tensor) -> bool:
-    return value.data_ptr() % max(value.element_size(), 1) == 0 and not (value.is_conj() or value.is_neg())
+def _stays_in_place(value: torch.Tensor) -> bool:
+    """Whether a program can compute with a tensor's own bytes: neither a copy nor what a copy is made of."""
+    return value.data_ptr() % value.element_size() == 0 and not (value.is_conj() or value.is_neg())
 
 
 @dataclass(frozen=True)
@@ -391,7 +382,7 @@ class _Live:
                 return
             if state is WeightsState.NEEDS_REFIT:
                 begun = time.perf_counter()
-                tensors = tensors_of(self.module)
+                tensors = self._tensors()
                 try:
                     for program in self._programs:
                         program.point_to(tensors)
@@ -431,8 +422,9 @@ class _Live:
                     return result[0]
             if self._programs and not self.options.compiles_new_inputs:
                 self._refuse(args, kwargs)
-            program = self._program(args, kwargs)
-            program.point_to(tensors_of(self.module))
+            tensors = self._tensors()
+            program = self._program(args, kwargs, tensors)
+            program.point_to(tensors)
             self._note()
             self._programs = (program, *self._programs)
         result = program.run(args, kwargs)
@@ -456,17 +448,32 @@ class _Live:
             ) from error
         raise MismatchError(f"{self._name} was compiled for other inputs")
 
-    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Program:
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the module, of a kind that can be followed.
+
+        Raises:
+            UnsupportedError: One is not; the message has its own name.
+        """
+        tensors = tensors_of(self.module)
+        checkpoint_of(tensors, self._name)
+        if moving := [path for path, value in tensors.items() if not _stays_in_place(value)]:
+            raise UnsupportedError(
+                f"these weights cannot be followed where they are: {', '.join(moving)}",
+                hint="they begin at no multiple of their element size, or are lazily conjugated or negated; clone them",
+            )
+        return tensors
+
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Mapping[str, torch.Tensor]) -> _Program:
         """A program for these inputs, from the cache or from the compiler."""
-        # Before a compilation of minutes, and under the tensors' own names.
-        checkpoint_of(tensors_of(self.module), self._name)
         _warn_of_hooks(self.module, self._name)
         begun = time.perf_counter()
         with torch.no_grad():
             # Only the first kind of inputs has the sizes that the caller spoke of.
             program = exported(self.module, args, kwargs, None if self._programs else self.options.dynamic_shapes)
         leaves = flatten(program.call_spec.in_spec, args, kwargs)
-        tensors = {**program.state_dict, **program.constants}
+        literals = {
+            path: value for path, value in {**program.state_dict, **program.constants}.items() if path not in own
+        }
         paths = number_weights(program)
         try:
             key = key_of(program, leaves, self.options.settings)
@@ -475,8 +482,7 @@ class _Live:
             key = None
         model, how = self._model(key, program, leaves)
         _log.info("%s: %s in %.2f s (program %s)", self._name, how, time.perf_counter() - begun, (key or "none")[:12])
-        own = tensors_of(self.module)
-        return _Program(model, key, paths, {path: value for path, value in tensors.items() if path not in own})
+        return _Program(model, key, paths, literals)
 
     def _model(self, key: str | None, program: ExportedProgram, leaves: list[object]) -> tuple[CompiledModule, str]:
         if key is None:
@@ -513,14 +519,18 @@ class _Live:
             UnsupportedError: A weight's value would be in the code.
         """
         with torch.no_grad(), tempfile.TemporaryDirectory(prefix="reweft-") as folder:
-            stated = origins(program, leaves, self.module, "any", key)
-            sealed = compiled_package(program, stated, self.options.settings, Path(folder))
-            stripped = Path(folder) / "stripped.pt2"
-            _core.strip(sealed, stripped, [])
+            stated = origins(program, leaves, self.module, "any")
+            # The module gives it every weight at every refit, so none is the program's own.
+            weights = [replace(origin, persistent=True) for origin in stated.tensors]
+            stated = replace(stated, tensors=weights, program=key)
+            package = compiled_package(program, stated, self.options.settings, Path(folder))
+            if any(origin.used for origin in weights):
+                sealed, package = package, Path(folder) / "stripped.pt2"
+                _core.strip(sealed, package, [])
             if key is not None:
-                self.options.cache.put(key, stripped)
+                self.options.cache.put(key, package)
             # The loader maps the package, which keeps the bytes when the folder goes.
-            model = load(stripped, replicas=self.options.replicas)
+            model = load(package, replicas=self.options.replicas)
         if absent := model.refittable().unrefittable:
             raise UnsupportedError(f"{self._name}: some weights were compiled into the code: {absent}")
         return model

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from reweft import _core
-from reweft.errors import UnsupportedError
+from reweft.errors import UnsupportedError, UsageError
 from reweft.torch.signature import describe, size_of
 from reweft.torch.tensors import dtype_name, identity
 
@@ -63,13 +62,16 @@ class ProgramCache:
     When all together are larger than `max_nbytes`, those that were used longest ago are removed.
 
     Whoever can write to the folder decides what code runs: it is made for its owner alone, and one that others own or
-    can write to is not used. A class derived from this one may keep programs elsewhere: `compile` calls `get`, `put`
-    and `compiling`.
+    can write to is not used. A class derived from this one may keep programs elsewhere: `compile` calls `get`, `put`,
+    `drop` and `compiling`.
 
     Args:
         folder: None means `programs` in the folder that `REWEFT_CACHE_DIR` names, or in `reweft` in the user's folder
             for caches.
         max_nbytes: Bytes of all programs together.
+
+    Raises:
+        UsageError: `folder` is None, and there is no home folder.
 
     Example:
         >>> ProgramCache("/tmp/none-yet").list()
@@ -163,11 +165,15 @@ class ProgramCache:
 
 
 def _user_folder() -> Path:
-    named = os.environ.get("REWEFT_CACHE_DIR")
-    if named:
-        return Path(named) / "programs"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "reweft" / "programs"
+    """The folder of programs, beside that of libraries.
+
+    Raises:
+        UsageError: There is no home folder.
+    """
+    folder = _core.cache_folder()
+    if folder is None:
+        raise UsageError("there is no home folder to keep programs in", hint="REWEFT_CACHE_DIR names a folder")
+    return folder / "programs"
 
 
 def number_weights(program: ExportedProgram) -> list[str]:
@@ -264,7 +270,7 @@ def _environment(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise NoKeyError(f"the compiler runs a pass of the user's, {name}")
     return {
         "version": [_VERSION, str(torch.__version__), torch.version.git_version],
-        "host": [json.loads(_core.host()), torch.backends.cpu.get_cpu_capability(), platform.machine()],
+        "host": [json.loads(_core.host()), torch.backends.cpu.get_cpu_capability()],
         "compiler": [os.environ.get("CXX"), os.environ.get("CC")],
         "settings": dict(settings),
         "inductor": {name: value for name, value in config.save_config_portable().items() if name not in _RESULTS},

@@ -115,9 +115,8 @@ def trace(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="reweft-") as folder:
         program = exported(module, args, kwargs or {}, dynamic_shapes)
         leaves = flatten(program.call_spec.in_spec, args, kwargs or {})
-        sealed = compiled_package(program, origins(program, leaves, module, refit), settings, Path(folder))
-        if compiler_workdir is not None:
-            _keep_sources(Path(compiler_workdir), sealed, program, settings)
+        stated = origins(program, leaves, module, refit)
+        sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir)
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
     nameless = [names[0] for names in model.slots() if names[0].startswith(LITERAL)]
@@ -150,20 +149,31 @@ def exported(
     return program
 
 
-def compiled_package(program: ExportedProgram, stated: Origins, settings: Mapping[str, Any], folder: Path) -> Path:
+def compiled_package(
+    program: ExportedProgram,
+    stated: Origins,
+    settings: Mapping[str, Any],
+    folder: Path,
+    compiler_workdir: str | os.PathLike[str] | None = None,
+) -> Path:
     """Compile an exported program, which is changed by it; gives a package with manifest and weights in a folder.
+
+    What was generated stays in `compiler_workdir`, if there is one.
 
     Raises:
         UnsupportedError: The compiler assumes what the manifest cannot state.
     """
     _drop_constant_results(program)
     fresh, sealed = folder / "model.pt2", folder / "sealed.pt2"
-    # Without any weight torch makes a package with an empty record, which it cannot load itself.
-    beside = _WEIGHTS_BESIDE_LIBRARY if any(origin.used for origin in stated.tensors) else {}
+    if any(origin.used for origin in stated.tensors):
+        # Without any weight torch makes a package with an empty record, which it cannot load itself.
+        settings = {**settings, **_WEIGHTS_BESIDE_LIBRARY}
     with _without_ignored_guards():
         torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
-            program, package_path=str(fresh), inductor_configs={**settings, **beside}
+            program, package_path=str(fresh), inductor_configs=dict(settings)
         )
+    if compiler_workdir is not None:
+        _keep_sources(Path(compiler_workdir), fresh, program, settings)
     _core.seal(fresh, stated.to_json(), sealed)
     return sealed
 
@@ -363,9 +373,7 @@ def _drop_constant_results(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def origins(
-    program: ExportedProgram, leaves: list[object], module: torch.nn.Module, refit: str, key: str | None = None
-) -> Origins:
+def origins(program: ExportedProgram, leaves: list[object], module: torch.nn.Module, refit: str) -> Origins:
     """Every tensor of the module with all its names, and how the program is called.
 
     Raises:
@@ -404,7 +412,7 @@ def origins(
     if len(devices) > 1:
         raise UnsupportedError(f"the module's tensors are on {' and '.join(sorted(devices))}")
     device = devices.pop() if devices else "cpu"
-    return Origins(signature=called, device=device, refit=refit, tensors=tensors, program=key)
+    return Origins(signature=called, device=device, refit=refit, tensors=tensors)
 
 
 def _mutated(program: ExportedProgram) -> tuple[set[str], set[str]]:

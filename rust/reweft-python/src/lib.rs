@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use crate::diff::diff;
     #[pymodule_export]
-    use crate::model::{Model, check_private, host, slot_names};
+    use crate::model::{Model, cache_folder, check_private, host, slot_names};
     #[pymodule_export]
     use crate::watch::Watch;
     #[pymodule_export]

@@ -218,6 +218,12 @@ pub fn host() -> Result<String> {
     to_json(&reweft_runtime::host())
 }
 
+/// The user's folder for caches.
+#[pyfunction]
+pub fn cache_folder() -> Option<PathBuf> {
+    reweft_runtime::user_folder()
+}
+
 /// Refuses a folder that others can put code into.
 #[pyfunction]
 pub fn check_private(folder: PathBuf) -> Result<()> {

@@ -305,7 +305,9 @@ fn is_noexec(path: &Path) -> bool {
     rustix::fs::statvfs(path).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::NOEXEC))
 }
 
-fn user_folder() -> Option<PathBuf> {
+/// The user's folder for caches of reweft: the one that `REWEFT_CACHE_DIR` names, or `reweft` in `XDG_CACHE_HOME` or
+/// `~/.cache`. `None` if there is no home folder. Touches no file.
+pub fn user_folder() -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     // The XDG specification has relative paths ignored.
     let base = || variable("XDG_CACHE_HOME").filter(|path| path.is_absolute());

@@ -59,7 +59,7 @@ mod torch;
 
 pub use arrays::find_libtorch;
 pub use binding::{Binding, Constant, ConstantKind};
-pub use cache::{CacheEntry, LibraryCache, check_private};
+pub use cache::{CacheEntry, LibraryCache, check_private, user_folder};
 pub use container::Container;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};

@@ -332,7 +332,7 @@ impl Model {
     /// # Errors
     /// As [`run`](Self::run); [`ErrorKind::Run`] if it is given up.
     pub fn run_unless(&self, inputs: Vec<Tensor>, interrupted: Interrupted<'_>) -> Result<Vec<Option<Tensor>>> {
-        self.check_inputs(&inputs, false)?;
+        self.check_inputs(&inputs)?;
         // SAFETY: the inputs have just been checked.
         unsafe { self.run_checked(inputs, interrupted) }
     }
@@ -347,7 +347,7 @@ impl Model {
         inputs: Vec<Tensor>,
         interrupted: Interrupted<'_>,
     ) -> Result<Option<Vec<Option<Tensor>>>> {
-        if !self.fit(&inputs)? {
+        if !self.fit(&inputs) {
             return Ok(None);
         }
         // SAFETY: the inputs have just been checked.
@@ -382,7 +382,7 @@ impl Model {
         chunks: Vec<Vec<Tensor>>,
         interrupted: Interrupted<'_>,
     ) -> Result<Vec<Vec<Option<Tensor>>>> {
-        chunks.iter().try_for_each(|inputs| self.check_inputs(inputs, false))?;
+        chunks.iter().try_for_each(|inputs| self.check_inputs(inputs))?;
         let entered = self.enter()?;
         let forked = entered.is_forked();
         let _threads = self.set_threads(forked)?;
@@ -393,44 +393,42 @@ impl Model {
     }
 
     /// Whether inputs are what the program takes, to the last stride. Allocates nothing where no sizes vary.
-    fn fit(&self, inputs: &[Tensor]) -> Result<bool> {
-        if self.signature.is_dynamic() || inputs.len() != self.inputs.len() {
-            return Ok(self.check_inputs(inputs, true).is_ok());
+    fn fit(&self, inputs: &[Tensor]) -> bool {
+        if inputs.len() != self.inputs.len() {
+            return false;
         }
-        for (tensor, wanted) in inputs.iter().zip(&*self.inputs) {
-            let Some(expected) = &wanted.fixed else { return Ok(false) };
-            let fits = tensor.dtype()? == wanted.dtype
-                && tensor.with_shape(|shape| shape == expected.shape)?
-                && tensor.with_strides_of(|strides| strides == expected.strides)?
-                && tensor.device()?.kind == wanted.device.kind;
-            if !fits {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        let Ok(varying) = self.varying(inputs) else { return false };
+        inputs.iter().zip(&*self.inputs).enumerate().all(|(number, (tensor, wanted))| {
+            let expected = wanted.fixed.as_ref().or_else(|| varying.get(number));
+            expected.is_some_and(|expected| is_exactly(tensor, wanted, expected).unwrap_or(false))
+        })
     }
 
-    fn check_inputs(&self, inputs: &[Tensor], all_strides: bool) -> Result<()> {
+    fn check_inputs(&self, inputs: &[Tensor]) -> Result<()> {
         if inputs.len() != self.inputs.len() {
             let what = format!("{} inputs, the program takes {}", inputs.len(), self.inputs.len());
             return Err(Error::new(ErrorKind::Usage, what).in_file(self.artifact.path()));
         }
-        let in_file = |error: Error| error.in_file(self.artifact.path());
-        let varying = if self.signature.is_dynamic() {
-            let shapes = inputs.iter().map(|tensor| Ok(tensor.shape()?)).collect::<Result<Vec<_>>>()?;
-            self.signature.expect(&shapes).map_err(in_file)?
-        } else {
-            Vec::new()
-        };
+        let varying = self.varying(inputs)?;
         for (number, (tensor, wanted)) in inputs.iter().zip(&*self.inputs).enumerate() {
             let of_input = |error: Error| match self.signature.inputs.get(number) {
                 Some(input) => error.of_key(&input.name),
                 None => error,
             };
             let expected = wanted.fixed.as_ref().or_else(|| varying.get(number));
-            check_input(tensor, wanted, expected, all_strides).map_err(of_input).map_err(in_file)?;
+            let checked = check_input(tensor, wanted, expected).map_err(of_input);
+            checked.map_err(|error| error.in_file(self.artifact.path()))?;
         }
         Ok(())
+    }
+
+    /// What is expected of each input, if sizes vary.
+    fn varying(&self, inputs: &[Tensor]) -> Result<Vec<Expected>> {
+        if !self.signature.is_dynamic() {
+            return Ok(Vec::new());
+        }
+        let shapes = inputs.iter().map(|tensor| Ok(tensor.shape()?)).collect::<Result<Vec<_>>>()?;
+        self.signature.expect(&shapes).map_err(|error| error.in_file(self.artifact.path()))
     }
 
     /// Names the slots without weights in an error that says there are some.
@@ -688,7 +686,15 @@ fn input_types(signature: &Signature) -> Result<Vec<InputType>> {
     signature.inputs.iter().map(|input| parse(input).map_err(|error: Error| error.of_key(&input.name))).collect()
 }
 
-fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>, all_strides: bool) -> Result<()> {
+/// Whether a tensor is what is expected, also where strides mean nothing.
+fn is_exactly(tensor: &Tensor, wanted: &InputType, expected: &Expected) -> Result<bool> {
+    Ok(tensor.dtype()? == wanted.dtype
+        && tensor.with_shape(|shape| shape == expected.shape)?
+        && tensor.with_strides_of(|strides| strides == expected.strides)?
+        && tensor.device()?.kind == wanted.device.kind)
+}
+
+fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>) -> Result<()> {
     let (dtype, shape, strides, device) = (tensor.dtype()?, tensor.shape()?, tensor.strides()?, tensor.device()?);
     let differs = |what: &str, found: String, wanted: String| {
         Err(Error::new(ErrorKind::Mismatch, format!("input has {what} {found}, the program takes {wanted}")))
@@ -703,7 +709,7 @@ fn check_input(tensor: &Tensor, wanted: &InputType, expected: Option<&Expected>,
     if device.kind != wanted.device.kind {
         return differs("device", device.to_string(), wanted.device.to_string());
     }
-    let counts = |dim: &usize| all_strides || (shape[*dim] > 1 && !shape.contains(&0));
+    let counts = |dim: &usize| shape[*dim] > 1 && !shape.contains(&0);
     if (0..shape.len()).filter(counts).any(|dim| strides[dim] != expected.strides[dim]) {
         return differs("strides", format!("{strides:?}"), format!("{:?}", expected.strides));
     }

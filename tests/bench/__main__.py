@@ -19,6 +19,7 @@ from . import (
     encoder,
     files,
     following,
+    freezing,
     huge,
     loading,
     modules,
@@ -35,7 +36,7 @@ from .subject import BATCH, LAYERS, WIDTH, compile_stock, make_net, prepare
 if TYPE_CHECKING:
     from types import ModuleType
 
-MODEL_TOPICS = (compiling, replacing, calling, overhead, encoder, following)
+MODEL_TOPICS = (compiling, replacing, calling, overhead, encoder, following, freezing)
 FILE_TOPICS = (opening, converting, refitting, loading, modules, huge)
 
 

@@ -116,7 +116,7 @@ class CompiledModule:
         return self._core.path
 
     def slots(self) -> list[tuple[str, ...]]:
-        """The names of every slot: the first, then those of tied weights."""
+        """The names of every tensor that can be replaced: the first, then those of tied weights."""
         names, _unused = self._core.names()
         return [tuple(slot) for slot in names]
 
@@ -150,12 +150,16 @@ class CompiledModule:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights in use, copied, under the slots' names; tied weights are there once for each name.
 
+        Weights that a frozen program has only as what was made of them are not there; `slots` names them too.
+
         Raises:
             RunError: The package was stripped of its weights and has not been given any.
         """
         checkpoint = Checkpoint(self._core.state())
         state: dict[str, torch.Tensor] = {}
         for names in self.slots():
+            if names[0] not in checkpoint:
+                continue
             value = tensor(checkpoint[names[0]])
             state.update(dict.fromkeys(names, value))
         return state

@@ -26,6 +26,7 @@ __all__ = [
     "identity",
     "is_plain_type",
     "mapped_tensors",
+    "raw",
     "tensor",
 ]
 
@@ -37,6 +38,15 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
+
+
+def raw(value: torch.Tensor) -> bytes:
+    """The bytes of a dense tensor in row-major order. Copies them."""
+    flat = value.detach().contiguous().reshape(-1)
+    # One element counts as contiguous whatever its stride, which a view as bytes minds.
+    flat = flat.as_strided((flat.numel(),), (1,))
+    data: bytes = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return data
 
 
 def tensor(info: TensorInfo) -> torch.Tensor:

@@ -11,20 +11,22 @@ import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from reweft import _core
-from reweft.errors import MismatchError, UnsupportedError, UsageError
+from reweft.errors import MismatchError, ReweftError, UnsupportedError, UsageError
 from reweft.torch.compiled import CompiledModule, load
 from reweft.torch.facts import attribute_changes
+from reweft.torch.folding import Refused
+from reweft.torch.freezing import Frozen
 from reweft.torch.functions import Function, as_module
 from reweft.torch.signature import describe, flatten
 from reweft.torch.sources import LITERAL
-from reweft.torch.tensors import held_tensors, identity
+from reweft.torch.tensors import dtype_name, held_tensors, identity, raw
 
 if TYPE_CHECKING:
     import os
@@ -65,6 +67,7 @@ def trace(
     options: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     strict: bool = False,
+    freeze: bool | Literal["auto"] = False,
 ) -> CompiledModule:
     """Compile a module or a function through `torch.export` and AOTInductor so that every weight can be replaced.
 
@@ -91,15 +94,23 @@ def trace(
             two of our own, which the package keeps. With `immutable_weights=True` it refuses every refit, live and on
             disk; with `identical_weights=True` every one that brings other bytes than it has. Buffers that the program
             writes to may get others then. Weights that were left out of a package may be put back in either case.
+            With `compare_code=False`, `freeze` leaves out generating the code a second time.
         device: Where the model runs. The module must be there already; None means wherever it is.
         strict: Refuse a module with a weight that could not be kept as a slot.
+        freeze: Compile with the compiler's `freezing`, which folds weights into each other and packs them for the
+            processor: the program is as fast as a frozen one. How each row comes from the weights is recorded, held
+            against the package's own bytes, and stored with it, so that a refit gives what a new frozen compilation
+            with the new weights would, byte for byte. What cannot be made again exactly is refused by name; with
+            "auto" the module is then compiled without freezing, with a warning. Takes longer, since the code is
+            generated twice, and holds what freezing computes in memory meanwhile.
 
     Raises:
         UsageError: The module is in training mode or on another device, an option would put weights into the code, or
             options contradict each other.
         MismatchError: `strict`, and a weight could not be kept as a slot.
         UnsupportedError: An argument is of a kind that a program cannot be held to, the program needs operators that
-            the runtime cannot call, or torch cannot say what it writes to.
+            the runtime cannot call, or torch cannot say what it writes to. With `freeze`: a weight's value went into
+            the code, or a row was made in a way that the engine cannot follow.
 
     Example:
         >>> model = trace(net.eval(), (torch.zeros(1, 3, 8, 8),))  # doctest: +SKIP
@@ -108,7 +119,7 @@ def trace(
     module = as_module(func_or_module)
     _check_mode(module)
     options = dict(options or {})
-    refit = _refit_rule(options)
+    refit, compare = _refit_rule(options), _flag(options, "compare_code", default=True)
     settings = compiler_settings(options, compiler_args)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _check_device(module, device)
@@ -116,7 +127,15 @@ def trace(
         program = exported(module, args, kwargs or {}, dynamic_shapes)
         leaves = flatten(program.call_spec.in_spec, args, kwargs or {})
         stated = origins(program, leaves, module, refit)
-        sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir)
+        names = {origin.names[0]: origin.persistent for origin in stated.tensors}
+        frozen = Frozen(program, names, compare=compare) if freeze else None
+        try:
+            sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir, frozen)
+        except Refused as refused:
+            if freeze != "auto":
+                raise
+            warnings.warn(f"compiled without freezing: {refused}", stacklevel=2)
+            sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir)
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
     nameless = [names[0] for names in model.slots() if names[0].startswith(LITERAL)]
@@ -155,26 +174,38 @@ def compiled_package(
     settings: Mapping[str, Any],
     folder: Path,
     compiler_workdir: str | os.PathLike[str] | None = None,
+    frozen: Frozen | None = None,
 ) -> Path:
     """Compile an exported program, which is changed by it; gives a package with manifest and weights in a folder.
 
-    What was generated stays in `compiler_workdir`, if there is one.
+    What was generated stays in `compiler_workdir`, if there is one. With `frozen`, the compiler freezes.
 
     Raises:
         UnsupportedError: The compiler assumes what the manifest cannot state.
+        Refused: A frozen program could not be refitted exactly.
     """
     _drop_constant_results(program)
     fresh, sealed = folder / "model.pt2", folder / "sealed.pt2"
     if any(origin.used for origin in stated.tensors):
         # Without any weight torch makes a package with an empty record, which it cannot load itself.
         settings = {**settings, **_WEIGHTS_BESIDE_LIBRARY}
-    with _without_ignored_guards():
-        torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
-            program, package_path=str(fresh), inductor_configs=dict(settings)
-        )
+    folded = None
+    if frozen is None:
+        _compile(program, fresh, settings)
+    else:
+        settings = {**settings, "freezing": True}
+        folded = frozen.compile(lambda settings: _compile(program, fresh, settings), settings)
     if compiler_workdir is not None:
         _keep_sources(Path(compiler_workdir), fresh, program, settings)
-    _core.seal(fresh, stated.to_json(), sealed)
+    try:
+        _core.seal(fresh, stated.to_json(folded), sealed)
+    except ReweftError as error:
+        if folded is None:
+            raise
+        # The package is the compiler's own, so it is the recipes that do not fit it.
+        raise Refused(f"what was recorded does not make the package's rows: {error}") from error
+    if frozen is not None:
+        frozen.check(sealed)
     return sealed
 
 
@@ -221,6 +252,18 @@ def _check_device(module: torch.nn.Module, device: str | torch.device | None) ->
         raise UsageError(f"the module is on {found[0]}, device={wanted!r} was asked for", hint=f"module.to({wanted!r})")
 
 
+def _flag(options: dict[str, Any], name: str, *, default: bool) -> bool:
+    """A setting of our own; takes it out.
+
+    Raises:
+        UsageError: It is no bool.
+    """
+    value = options.pop(name, default)
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}, wanted True or False")
+    return value
+
+
 def _refit_rule(options: dict[str, Any]) -> str:
     """Which new weights the package is to take, from options that are not the compiler's; takes them out.
 
@@ -251,6 +294,8 @@ def compiler_settings(options: Mapping[str, Any], compiler_args: str | Sequence[
     settings = dict(options)
     for name, value in {**_KEEP_CONSTANTS, **_WEIGHTS_BESIDE_LIBRARY, **_ANY_THREADS}.items():
         if settings.get(name, value) != value:
+            if name == "freezing":
+                raise UsageError("freezing=True alone would fold weights for good", hint="trace(..., freeze=True)")
             why = "fix the number of threads" if name in _ANY_THREADS else "take weights away from their slots"
             raise UsageError(f"{name}={settings[name]!r} would {why}; trace needs {value!r}")
     arguments = compiler_args.split() if isinstance(compiler_args, str) else list(compiler_args or ())
@@ -261,6 +306,18 @@ def compiler_settings(options: Mapping[str, Any], compiler_args: str | Sequence[
             )
         settings["aot_inductor.compile_wrapper_opt_level"] = argument.removeprefix("-")
     return {**settings, **_KEEP_CONSTANTS, **_ANY_THREADS}
+
+
+def _compile(program: ExportedProgram, package: Path, settings: Mapping[str, Any]) -> None:
+    """Run the compiler.
+
+    Raises:
+        UnsupportedError: It assumes more of a size than export states.
+    """
+    with _without_ignored_guards():
+        torch._inductor.aoti_compile_and_package(  # noqa: SLF001  (torch documents it under this name)
+            program, package_path=str(package), inductor_configs=dict(settings)
+        )
 
 
 def _keep_sources(folder: Path, package: Path, program: ExportedProgram, settings: Mapping[str, Any]) -> None:
@@ -334,11 +391,38 @@ class Origins:
     tensors: list[_Origin]
     program: str | None = None
 
-    def to_json(self) -> str:
+    def to_json(self, folded: Mapping[str, Any] | None = None) -> str:
         """What the engine reads."""
         tensors = [vars(origin) for origin in self.tensors]
-        stated = {"torch": str(torch.__version__), "device": self.device, "refit": self.refit, "program": self.program}
+        stated: dict[str, Any] = {
+            "torch": str(torch.__version__),
+            "device": self.device,
+            "refit": self.refit,
+            "program": self.program,
+        }
+        if folded is not None:
+            stated["folded"] = {key: folded[key] for key in ("capability", "compared", "recipes")}
+            stated["folded"]["originals"] = [
+                original
+                for kind in ("originals", "fixed")
+                for name, value in folded[kind].items()
+                # A tensor that is a row, under whichever of its names, need not be named twice.
+                if (original := self._original(name, value, folded["rows"], fixed=kind == "fixed"))
+            ]
         return json.dumps({**stated, **self.signature, "tensors": tensors})
+
+    def _original(self, name: str, value: torch.Tensor, rows: set[str], *, fixed: bool) -> dict[str, Any] | None:
+        """A tensor that went into rows, with all its names, and with a hash if its value must stay."""
+        origin = next(origin for origin in self.tensors if origin.names[0] == name)
+        if not rows.isdisjoint(origin.names) or (fixed and not origin.used):
+            return None
+        return {
+            "names": origin.names,
+            "persistent": origin.persistent,
+            "dtype": dtype_name(value.dtype),
+            "shape": list(value.shape),
+            "fixed": _core.row_hash(raw(value)) if fixed else None,
+        }
 
 
 def _name_constants(program: ExportedProgram, module: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Inspect(Inspect),
+    Explain(Explain),
     Config(Config),
     Convert(Convert),
     Extract(Extract),
@@ -42,6 +43,25 @@ pub struct Inspect {
     #[command(flatten)]
     pub keys: Keys,
     /// Print JSON instead of tables.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Shows where a slot of a compiled package comes from, as a formula over keys.
+///
+/// In a package that was compiled with freezing, slots hold what the compiler made of weights. Given the name of a weight,
+/// shows every slot that is made of it. Reads metadata only.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  reweft explain net.pt2 _frozen_param7
+  reweft explain net.pt2 layer1.0.bn1.weight")]
+pub struct Explain {
+    /// The compiled package.
+    pub artifact: PathBuf,
+    /// The name of a slot or of a weight.
+    pub slot: String,
+    /// Print JSON: the steps of each recipe.
     #[arg(long)]
     pub json: bool,
 }

@@ -9,10 +9,10 @@ use reweft::checkpoint::Value;
 use reweft::keymap::Mapped;
 use reweft::source::{self, Access};
 use reweft::tensor::Layout;
-use reweft::{Artifact, Checkpoint, Limits};
+use reweft::{Artifact, Checkpoint, Error, ErrorKind, Limits, Recipe};
 use serde::Serialize;
 
-use crate::args::Inspect;
+use crate::args::{Explain, Inspect};
 use crate::output;
 
 pub fn run(command: &Inspect, out: &mut dyn Write) -> anyhow::Result<bool> {
@@ -170,6 +170,9 @@ struct ArtifactView<'a> {
     stripped: bool,
     needs_proxy_executor: bool,
     slots: Vec<SlotView<'a>>,
+    /// Names of the tensors that slots are made of, if the compiler folded some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    originals: Vec<&'a str>,
     unused: &'a [String],
     unrefittable: &'a [Unrefittable],
     /// Constants that the program computes from others when it is loaded.
@@ -193,6 +196,9 @@ struct SlotView<'a> {
     hash: Option<&'a str>,
     obstacle: Option<&'a str>,
     stripped: bool,
+    /// How it is made of originals, if the compiler made it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recipe: Option<&'a Recipe>,
 }
 
 impl<'a> SlotView<'a> {
@@ -212,6 +218,7 @@ impl<'a> SlotView<'a> {
             hash: slot.hash.as_deref(),
             obstacle: slot.obstacle(),
             stripped: slot.stripped,
+            recipe: slot.recipe.as_ref(),
         }
     }
 }
@@ -230,6 +237,7 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         stripped: artifact.is_stripped(),
         needs_proxy_executor: models.iter().any(|model| model.extern_nodes.is_some()),
         slots: artifact.slots().iter().map(|slot| SlotView::new(artifact, slot)).collect(),
+        originals: artifact.originals().iter().flat_map(Slot::names).collect(),
         unused: artifact.unused(),
         unrefittable: artifact.unrefittable(),
         recomputed: program.map_or(&[], |program| program.recomputed()),
@@ -242,6 +250,7 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
         vec![slot.name.clone(), slot.dtype.to_string(), shape, output::bytes(slot.nbytes), remarks]
     });
     output::table(out, &["slot", "dtype", "shape", "bytes", "remarks"], &["bytes"], rows.collect())?;
+    show_folded(artifact, out)?;
     for absent in artifact.unrefittable() {
         writeln!(out, "cannot be refitted: {}: {}", absent.name, absent.reason)?;
     }
@@ -279,6 +288,42 @@ fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow
     Ok(())
 }
 
+/// What a frozen package says of itself as a whole.
+fn show_folded(artifact: &Artifact, out: &mut dyn Write) -> anyhow::Result<()> {
+    let Some(folded) = artifact.manifest().and_then(Manifest::folded) else { return Ok(()) };
+    let made = artifact.slots().iter().filter(|slot| slot.recipe.is_some()).count();
+    let (count, capability) = (artifact.originals().len(), &folded.capability);
+    let compared = if folded.compared { "was the same for other weights" } else { "was generated once" };
+    writeln!(out, "frozen: {made} slots are made of {count} tensors; code for {capability} {compared}")?;
+    Ok(())
+}
+
+/// Where slots come from.
+pub fn explain(command: &Explain, out: &mut dyn Write) -> anyhow::Result<bool> {
+    let artifact = Artifact::open(&command.artifact, Access::Read, &Limits::default())?;
+    let is_named = |slot: &&Slot| slot.names().any(|name| name == command.slot);
+    let is_of = |slot: &&Slot| {
+        let original = artifact.originals().iter().find(is_named);
+        let keys = slot.recipe.iter().flat_map(Recipe::keys);
+        original.is_some_and(|original| keys.into_iter().any(|key| key == original.name))
+    };
+    let found: Vec<&Slot> = artifact.slots().iter().filter(|slot| is_named(slot) || is_of(slot)).collect();
+    if found.is_empty() {
+        let what = "no slot has this name, and none is made of such a tensor";
+        return Err(Error::new(ErrorKind::NotFound, what).of_key(&command.slot).in_file(&command.artifact).into());
+    }
+    if command.json {
+        let views: Vec<SlotView<'_>> = found.iter().map(|slot| SlotView::new(&artifact, slot)).collect();
+        output::json(out, &views)?;
+        return Ok(true);
+    }
+    for slot in found {
+        let formula = slot.recipe.as_ref().map_or_else(|| "the tensor of this name".to_owned(), Recipe::formula);
+        writeln!(out, "{} = {formula}", slot.name)?;
+    }
+    Ok(true)
+}
+
 /// What there is to say of a slot beside its tensor.
 fn remarks(artifact: &Artifact, slot: &Slot) -> String {
     let mut remarks = Vec::new();
@@ -295,6 +340,11 @@ fn remarks(artifact: &Artifact, slot: &Slot) -> String {
     if slot.stripped {
         remarks.push("stripped".to_owned());
     }
+    remarks.extend(slot.recipe.as_ref().map(|recipe| {
+        let mut keys: Vec<&str> = recipe.keys().collect();
+        keys.dedup();
+        format!("{}: {}", recipe.kind(), keys.join(", "))
+    }));
     remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));
     remarks.join("; ")
 }

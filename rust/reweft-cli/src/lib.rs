@@ -38,6 +38,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     let mut stdout = io::stdout().lock();
     let result = match &args.command {
         Command::Inspect(command) => inspect::run(command, &mut stdout),
+        Command::Explain(command) => inspect::explain(command, &mut stdout),
         Command::Config(command) => config::run(command, &mut stdout),
         Command::Convert(command) => weights::convert(command, &mut stdout),
         Command::Extract(command) => weights::extract(command, &mut stdout),

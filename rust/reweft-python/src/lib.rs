@@ -32,5 +32,5 @@ mod _core {
     #[pymodule_export]
     use crate::watch::Watch;
     #[pymodule_export]
-    use crate::weights::{Plan, cast, main, plan, refit, seal, strip, verify, write_converted};
+    use crate::weights::{Plan, cast, main, plan, refit, row_hash, seal, strip, verify, write_converted};
 }

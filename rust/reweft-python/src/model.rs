@@ -231,14 +231,14 @@ pub fn check_private(folder: PathBuf) -> Result<()> {
     Ok(reweft_runtime::check_private(&folder)?)
 }
 
-/// The names of the slots of an artifact, each slot's first name first. Reads metadata.
+/// The names of the tensors that a refit of an artifact takes, the first one first. Reads metadata.
 #[pyfunction]
 pub fn slot_names(py: Python<'_>, path: PathBuf) -> Result<Vec<Vec<String>>> {
     Ok(py.detach(|| Artifact::open(&path, Access::Read, &Limits::default()).map(|artifact| names(&artifact)))?)
 }
 
 fn names(artifact: &Artifact) -> Vec<Vec<String>> {
-    artifact.slots().iter().map(|slot| slot.names().map(str::to_owned).collect()).collect()
+    artifact.tensors().map(|slot| slot.names().map(str::to_owned).collect()).collect()
 }
 
 /// Runs a job that asks now and then whether to give up: if a signal's handler has raised something, as Ctrl-C does.

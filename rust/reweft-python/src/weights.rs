@@ -37,6 +37,13 @@ impl Plan {
     fn __len__(&self) -> usize {
         self.inner.refills.len()
     }
+
+    /// The bytes that a refit would put into a slot; None for a slot that stays as it is.
+    fn make(&self, py: Python<'_>, name: &str) -> Result<Option<Buffer>> {
+        let Some(refill) = self.inner.refills.iter().find(|refill| refill.name == name) else { return Ok(None) };
+        let bytes = py.detach(|| refill.recipe.evaluate(&self.checkpoint, refill.nbytes));
+        Ok(Some(Buffer::owned(bytes?)))
+    }
 }
 
 /// A report as JSON.
@@ -131,6 +138,13 @@ pub fn cast(py: Python<'_>, data: &Bound<'_, PyAny>, source: &str, target: &str)
     let bytes = Borrowed::new(data)?;
     let cast: Result<_> = py.detach(|| Ok(convert::cast(bytes.as_slice().unwrap_or_default(), from, to)?));
     Ok(Buffer::owned(cast?))
+}
+
+/// Hash of bytes as manifests state it.
+#[pyfunction]
+pub fn row_hash(data: &Bound<'_, PyAny>) -> PyResult<String> {
+    let bytes = Borrowed::new(data)?;
+    Ok(manifest::hash(bytes.as_slice().unwrap_or_default()))
 }
 
 /// Writes a copy of a fresh package with a manifest made of `origins` (JSON).

@@ -73,6 +73,8 @@ pub struct Binding {
     dtype: Dtype,
     device: Device,
     storage_nbytes: Option<u64>,
+    /// What oneDNN wrote of the layout, if the bytes are packed for it.
+    descriptor: Vec<u8>,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -101,7 +103,7 @@ impl Binding {
         keep: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         let (name, shape, strides) = (name.into(), shape.into(), strides.into());
-        Self { name, ptr, shape, strides, dtype, device, storage_nbytes: None, keep }
+        Self { name, ptr, shape, strides, dtype, device, storage_nbytes: None, descriptor: Vec::new(), keep }
     }
 
     /// Says that the constant was compiled as a view into a storage of `nbytes` bytes.
@@ -110,6 +112,16 @@ impl Binding {
     #[must_use]
     pub fn in_storage_of(mut self, nbytes: u64) -> Self {
         self.storage_nbytes = Some(nbytes);
+        self
+    }
+
+    /// Says that the bytes are packed for oneDNN as `descriptor` states; strides then mean nothing.
+    ///
+    /// # Safety
+    /// The descriptor is what the program was compiled with, and reaches no further than the storage.
+    #[must_use]
+    pub(crate) unsafe fn packed_as(mut self, descriptor: &[u8]) -> Self {
+        self.descriptor = descriptor.to_vec();
         self
     }
 
@@ -158,6 +170,10 @@ impl Binding {
     /// Makes the tensor that the library is given.
     pub(crate) fn tensor(&self, torch: &Torch) -> Result<Tensor> {
         let (shape, strides) = (&self.shape, &self.strides);
+        if !self.descriptor.is_empty() {
+            // SAFETY: as below; `packed_as`'s caller vouched for the descriptor.
+            return unsafe { Tensor::packed(torch, self.ptr, shape, self.dtype, self.device, &self.descriptor) };
+        }
         // SAFETY: `new`'s caller vouched for the memory while `keep` lives. The container holds `keep` for as
         // long as the library may read through its copy of this handle.
         unsafe { Tensor::from_blob(torch, self.ptr, shape, strides, self.dtype, self.device) }

@@ -25,7 +25,7 @@ use crate::process::{Threads, Use, Uses};
 use crate::proxy::{self, OpenOperators};
 use crate::serving::Serving;
 use crate::slots::{Filled, Held, Lending, Spare, fill, info, no_weights, packaged};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, contiguous_strides};
 use crate::torch::Torch;
 
 /// How a package is opened to run.
@@ -557,14 +557,26 @@ impl Model {
         }
         let mut bindings = Vec::with_capacity(next.len());
         for (slot, held) in self.artifact.slots().iter().zip(&next) {
-            let (shape, strides) = (signed(&slot.shape)?, signed(&slot.strides)?);
             let (ptr, keep) = held.locate(slot)?;
-            // SAFETY: `locate` gave the address of `slot.nbytes` bytes that `keep` owns, and the slot is dense, so that
-            // shape and strides, which are those of the compiled program, reach no further. Bytes that are shared are
-            // never written, and those that are lent only by who was told what that means; bytes of slots that the
-            // program writes to are `Own`, one model's and writable.
-            let binding = unsafe { Binding::new(&slot.constant, ptr, shape, strides, slot.dtype, self.device, keep) };
-            // A row has the size of the storage that the tensor was a view of when it was compiled.
+            let Some(packed) = &slot.packed else {
+                let (shape, strides) = (signed(&slot.shape)?, signed(&slot.strides)?);
+                // SAFETY: `locate` gave the address of `slot.nbytes` bytes that `keep` owns, and the slot is dense, so that
+                // shape and strides, which are those of the compiled program, reach no further. Bytes that are shared are
+                // never written, and those that are lent only by who was told what that means; bytes of slots that the
+                // program writes to are `Own`, one model's and writable.
+                let binding =
+                    unsafe { Binding::new(&slot.constant, ptr, shape, strides, slot.dtype, self.device, keep) };
+                // A row has the size of the storage that the tensor was a view of when it was compiled.
+                bindings.push(binding.in_storage_of(slot.row_nbytes));
+                continue;
+            };
+            let strides = contiguous_strides(&signed(&packed.shape)?);
+            // SAFETY: as above, for a slot that the program never writes to. `packing` is what the descriptor says, and
+            // `Artifact::open` held it against the bytes of the row.
+            let binding = unsafe {
+                Binding::new(&slot.constant, ptr, signed(&packed.shape)?, strides, packed.dtype, self.device, keep)
+                    .packed_as(&packed.descriptor)
+            };
             bindings.push(binding.in_storage_of(slot.row_nbytes));
         }
         // A buffer that is kept is bound to both containers, so no call may be in either while they change.

@@ -120,9 +120,10 @@ impl Place {
         }
     }
 
-    /// Whether the bytes begin at a multiple of the element size, as compiled code expects.
+    /// Whether the bytes begin at a multiple of the element size, as compiled code expects, or of a cache line, as oneDNN
+    /// has its own.
     fn is_aligned(&self, slot: &Slot) -> Result<bool> {
-        let itemsize = to_usize(slot.dtype.itemsize().unwrap_or(1))?;
+        let itemsize = if slot.packed.is_some() { 64 } else { to_usize(slot.dtype.itemsize().unwrap_or(1))? };
         Ok(self.locate(slot)?.0.addr().is_multiple_of(itemsize))
     }
 }

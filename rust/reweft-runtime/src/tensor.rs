@@ -102,12 +102,54 @@ impl Tensor {
         dtype: Dtype,
         device: Device,
     ) -> Result<Self> {
+        // SAFETY: takes nothing.
+        let layout = unsafe { (torch.shim().layout_strided.call)() };
+        // SAFETY: the caller vouches for the memory.
+        unsafe { Self::over(torch, ptr, (shape, strides), dtype, device, (layout, &[])) }
+    }
+
+    /// Makes a oneDNN tensor over memory that stays the caller's. Copies the descriptor alone.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Call`] if libtorch refuses, or was built without oneDNN.
+    ///
+    /// # Safety
+    /// `ptr` addresses every byte that `descriptor`, a genuine one, reaches, for as long as any tensor shares the memory.
+    pub(crate) unsafe fn packed(
+        torch: &Torch,
+        ptr: *mut c_void,
+        shape: &[i64],
+        dtype: Dtype,
+        device: Device,
+        descriptor: &[u8],
+    ) -> Result<Self> {
+        let Some(layout) = &torch.shim().layout_mkldnn else {
+            return Err(Error::new(ErrorKind::Symbol, "this libtorch has no oneDNN"));
+        };
+        // SAFETY: takes nothing.
+        let layout = unsafe { (layout.call)() };
+        // SAFETY: the caller vouches for the memory and the descriptor. Strides mean nothing in this layout.
+        unsafe { Self::over(torch, ptr, (shape, &contiguous_strides(shape)), dtype, device, (layout, descriptor)) }
+    }
+
+    /// A tensor over memory in some layout, with what that asks for.
+    ///
+    /// # Safety
+    /// The caller vouches for the memory.
+    unsafe fn over(
+        torch: &Torch,
+        ptr: *mut c_void,
+        (shape, strides): (&[i64], &[i64]),
+        dtype: Dtype,
+        device: Device,
+        (layout, metadata): (i32, &[u8]),
+    ) -> Result<Self> {
         let (ndim, code) = checked(shape, strides, dtype)?;
         let shim = torch.shim();
         let mut raw = null_mut();
-        // SAFETY: takes nothing.
-        let layout = unsafe { (shim.layout_strided.call)() };
-        // SAFETY: both arrays have `ndim` elements and are copied; the caller vouches for the memory.
+        let nbytes = i64::try_from(metadata.len()).map_err(|_| Error::usage("metadata is too long"))?;
+        // SAFETY: both arrays have `ndim` elements, `metadata` has `nbytes` bytes, and all are copied; the caller vouches
+        // for the memory.
         let status = unsafe {
             (shim.from_blob.call)(
                 ptr,
@@ -120,8 +162,8 @@ impl Tensor {
                 device.index,
                 &raw mut raw,
                 layout,
-                std::ptr::null(),
-                0,
+                if metadata.is_empty() { std::ptr::null() } else { metadata.as_ptr() },
+                nbytes,
             )
         };
         // SAFETY: `raw` is what the call wrote, or null still.

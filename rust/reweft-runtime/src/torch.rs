@@ -40,6 +40,7 @@ symbols! {
             fn(*mut c_void, i64, *const i64, *const i64, i64, i32, i32, i32, *mut RawTensor, i32, *const u8, i64) -> i32;
     }
     optional {
+        layout_mkldnn = "aoti_torch_layout__mkldnn": fn() -> i32;
         from_blob_watched = "torch_from_blob":
             fn(*mut c_void, i64, *const i64, *const i64, i64, i32, i32, i32, *mut RawTensor, i32, *const u8, i64,
                unsafe extern "C" fn(*mut c_void, *mut c_void), *mut c_void) -> i32;

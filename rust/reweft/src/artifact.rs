@@ -6,6 +6,7 @@
 
 pub mod aotinductor;
 mod checksum;
+mod folded;
 mod library;
 pub mod manifest;
 mod signature;
@@ -15,6 +16,7 @@ mod version;
 
 pub use checksum::Checksum;
 pub(crate) use checksum::{Change, update};
+pub use folded::{Folded, Original, Packed};
 pub use version::weights_version;
 
 use std::fs::File;
@@ -29,6 +31,7 @@ use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::recipe::Recipe;
 use crate::source::{self, Access, Source, Window};
 use crate::tensor::{TensorInfo, is_dense};
 use crate::write;
@@ -88,6 +91,11 @@ pub struct Slot {
     pub blocked: Option<String>,
     /// Whether its bytes were left out of the file, so that it must be filled before the file is of use.
     pub stripped: bool,
+    /// How its bytes are made, if it holds what the compiler folded or packed and the manifest says of what: over names of
+    /// [`Artifact::originals`] and of slots.
+    pub recipe: Option<Recipe>,
+    /// The tensor that the program sees, where the bytes are packed for oneDNN.
+    pub packed: Option<Packed>,
 }
 
 impl Slot {
@@ -96,10 +104,10 @@ impl Slot {
         std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
     }
 
-    /// Whether the compiler made its value of several weights, as `freezing=True` does.
+    /// Whether the compiler made its value of weights, as `freezing=True` does, and nothing says how.
     pub fn is_folded(&self) -> bool {
         // The identifier, because names are the module's where nothing was compiled, and models' names may stand before them.
-        self.constant.starts_with("_frozen_param")
+        self.constant.starts_with("_frozen_param") && self.recipe.is_none()
     }
 
     /// Why new weights cannot go here, if so.
@@ -189,6 +197,7 @@ pub struct Artifact {
     stripped: Option<Source>,
     kind: Kind,
     slots: Vec<Slot>,
+    originals: Vec<Slot>,
     unused: Vec<String>,
     unrefittable: Vec<Unrefittable>,
     holds: Holds,
@@ -259,6 +268,7 @@ impl Artifact {
             };
             if !places.is_empty() && places.iter().all(is_out) {
                 self.slots[number].stripped = true;
+                self.strip_originals(number);
                 found.extend(places);
             }
         }
@@ -266,6 +276,14 @@ impl Artifact {
             return Ok(());
         }
         Err(Error::format("the ranges that were left out are not those of slots").in_record(stripped::ABOUT))
+    }
+
+    /// What a slot without bytes was made of cannot stay as it is either.
+    fn strip_originals(&mut self, number: usize) {
+        let recipe = self.slots[number].recipe.as_ref();
+        for original in &mut self.originals {
+            original.stripped |= recipe.is_some_and(|recipe| recipe.keys().any(|key| key == original.name));
+        }
     }
 
     /// The places of a slot that can be left out of a file: one that a refit can fill, and that a state_dict has.
@@ -279,7 +297,7 @@ impl Artifact {
     /// Refuses a package in which a name means two slots: a key would fill both.
     fn check_names(&self) -> Result<()> {
         let mut seen = std::collections::HashSet::new();
-        match self.slots.iter().flat_map(Slot::names).find(|name| !seen.insert(*name)) {
+        match self.slots.iter().chain(&self.originals).flat_map(Slot::names).find(|name| !seen.insert(*name)) {
             None => Ok(()),
             Some(name) => Err(Error::format("two slots have this name").of_key(name)),
         }
@@ -325,6 +343,17 @@ impl Artifact {
     /// The slots in the order of their bytes, as far as the kind of file has one.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// Tensors of the module that the compiler folded into slots and that no slot holds as they are. They have no bytes here:
+    /// only [recipes](Slot::recipe) name them.
+    pub fn originals(&self) -> &[Slot] {
+        &self.originals
+    }
+
+    /// Every tensor of the module that a key can be meant for: slots that hold one, then [originals](Self::originals).
+    pub fn tensors(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(|slot| slot.recipe.is_none()).chain(&self.originals)
     }
 
     /// Names of module tensors that the program does not read; any value of theirs is right.
@@ -477,7 +506,8 @@ impl Artifact {
         }
         self.check_weights()?;
         let (mut storages, mut tensors) = (Vec::new(), Vec::new());
-        for slot in self.slots.iter().filter(|slot| slot.region.is_some()) {
+        // What was folded is no tensor of the module.
+        for slot in self.slots.iter().filter(|slot| slot.region.is_some() && slot.recipe.is_none()) {
             // The row with its padding, since a view may reach into it.
             let nbytes = slot.row_nbytes.max(slot.nbytes);
             let window = Window::new(self.source.clone(), self.place(slot)?, nbytes)

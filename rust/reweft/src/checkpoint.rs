@@ -49,6 +49,7 @@ use crate::source::{self, Access, Source};
 use crate::tensor::{TensorInfo, contiguous};
 use crate::write;
 pub(crate) use budget::Budget;
+pub(crate) use derive::infer;
 use derive::{Derive, Derived};
 pub(crate) use detect::visit;
 pub use fill::Room;
@@ -335,7 +336,7 @@ impl Checkpoint {
         for (key, item) in &mut items {
             let Item::Tensor(info) = item else { continue };
             if can_cast(info.dtype, to) {
-                let step = Step::Cast { from: None, to: to.name() };
+                let step = Step::Cast { from: None, to };
                 *info = derive.change(&step, info.clone()).map_err(|error| error.of_key(key).in_file(&self.path))?;
             } else {
                 left.push(format!("{key} ({})", info.dtype));

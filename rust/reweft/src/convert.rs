@@ -1,8 +1,12 @@
 //! Bytes to bytes: layout changes and casts, as plain functions over slices.
 
+mod arithmetic;
 mod cast;
+mod packing;
 
+pub use arithmetic::{Arithmetic, Operand};
 pub use cast::{can_cast, cast, cast_into};
+pub use packing::Packing;
 
 use crate::error::{Error, Result};
 use crate::tensor::{contiguous, same_layout};
@@ -50,6 +54,18 @@ pub fn relayout(
         from = advance(from, dims[dim].source_step)?;
         to = advance(to, dims[dim].target_step)?;
     }
+}
+
+/// Goes to the next index in row-major order; false behind the last one.
+fn count_up(index: &mut [u64], size: impl Fn(usize) -> u64) -> bool {
+    for dim in (0..index.len()).rev() {
+        index[dim] += 1;
+        if index[dim] < size(dim) {
+            return true;
+        }
+        index[dim] = 0;
+    }
+    false
 }
 
 /// One loop of the copy: how often, and how far both sides move when it counts up and all inner loops start again.

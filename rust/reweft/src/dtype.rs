@@ -6,6 +6,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
 macro_rules! dtypes {
     ($($variant:ident, $name:literal, $bits:literal, $c10:expr, $export:expr, $class:expr, $safetensors:expr, $numpy:expr;)*) => {
         /// The type of a tensor's elements.
@@ -213,6 +215,20 @@ impl Dtype {
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
+    }
+}
+
+/// By torch's name, without `torch.`.
+impl Serialize for Dtype {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Dtype {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(from)?;
+        Self::from_name(&name).ok_or_else(|| de::Error::custom(format!("no dtype {name:?}")))
     }
 }
 

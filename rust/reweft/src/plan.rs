@@ -98,8 +98,13 @@ pub fn plan(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow) -> Resul
 pub fn plan_running(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow, running: Running) -> Result<Plan> {
     let mut planner = Planner::new(artifact, checkpoint, allow, running);
     let (mut refills, mut kept) = (Vec::new(), Vec::new());
+    let leaves = planner.leaves()?;
     for (number, slot) in artifact.slots().iter().enumerate() {
-        match planner.refill(number, slot)? {
+        let refill = match &slot.recipe {
+            Some(recipe) if !running.saving => planner.remake(number, slot, recipe, &leaves)?,
+            _ => planner.refill(number, slot)?,
+        };
+        match refill {
             Some(refill) => refills.push(refill),
             None => kept.push(slot.name.clone()),
         }
@@ -218,7 +223,7 @@ impl<'a> Planner<'a> {
             running,
             rule: rule(artifact, running),
             used: HashSet::new(),
-            slot_names: artifact.slots().iter().flat_map(Slot::names).collect(),
+            slot_names: artifact.tensors().flat_map(Slot::names).collect(),
             not_read: artifact.unused().iter().map(String::as_str).collect(),
             baked: baked.collect(),
             values: checkpoint.values().iter().map(|value| (value.path.as_str(), value.what.as_str())).collect(),
@@ -226,6 +231,65 @@ impl<'a> Planner<'a> {
             suggestions: 0..20,
             findings: Vec::new(),
         }
+    }
+
+    /// What recipes may take: for each tensor of the module its key, and the cast that it may need. Checks those that no
+    /// slot holds as they are, by the rules for slots.
+    fn leaves(&mut self) -> Result<HashMap<&'a str, Recipe>> {
+        let mut leaves = HashMap::new();
+        if self.running.saving {
+            return Ok(leaves);
+        }
+        for original in self.artifact.originals() {
+            if let Some(refill) = self.refill(usize::MAX, original)? {
+                self.check_fixed(original, &refill.recipe)?;
+                leaves.insert(original.name.as_str(), refill.recipe);
+            }
+        }
+        for slot in self.artifact.slots().iter().filter(|slot| slot.recipe.is_none()) {
+            // What does not fit is a finding when the slot itself is looked at.
+            if let Some(key) = slot.names().find(|name| self.checkpoint.contains(name))
+                && let Ok(info) = self.checkpoint.get(key)
+                && self.misfit(slot, key, info).is_none()
+            {
+                leaves.insert(&slot.name, Recipe::of_key(key, info, slot.dtype, &info.strides));
+            }
+        }
+        Ok(leaves)
+    }
+
+    /// A tensor that rows were made with, but no state_dict has, must be what it was.
+    fn check_fixed(&mut self, original: &'a Slot, recipe: &Recipe) -> Result<()> {
+        let Some(wanted) = &original.hash else { return Ok(()) };
+        if manifest::hash(&recipe.evaluate(self.checkpoint, original.nbytes)?) != *wanted {
+            let what = "it is no part of a state_dict, so the compiler folded it with the value that it had";
+            let hint = "register it as a persistent buffer and trace the module again";
+            self.findings.push(Finding::new(FindingKind::Unrefittable, what).slot(original).hint(hint));
+        }
+        Ok(())
+    }
+
+    /// A slot that is made of tensors: all of them must be there, since those that are not cannot be read back from it.
+    fn remake(
+        &mut self,
+        number: usize,
+        slot: &'a Slot,
+        recipe: &Recipe,
+        leaves: &HashMap<&str, Recipe>,
+    ) -> Result<Option<Refill>> {
+        let absent: Vec<&str> = recipe.keys().filter(|key| !leaves.contains_key(key)).collect();
+        if absent.len() == recipe.keys().count() {
+            return Ok(None);
+        }
+        if !absent.is_empty() {
+            let what = format!("it is made of {} too, which is not there and cannot be read back", absent.join(", "));
+            self.findings.push(Finding::new(FindingKind::Missing, what).slot(slot));
+            return Ok(None);
+        }
+        let recipe = recipe.over(|key| leaves.get(key), slot);
+        let key = recipe.keys().next().unwrap_or_default().to_owned();
+        self.compare_identical(slot, &key, &recipe)?;
+        Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
     }
 
     fn refill(&mut self, number: usize, slot: &'a Slot) -> Result<Option<Refill>> {
@@ -257,7 +321,9 @@ impl<'a> Planner<'a> {
             return Ok(None);
         }
         self.compare_tied(slot, &keys)?;
-        let recipe = Recipe::of_key(key, info, slot.dtype, &slot.strides);
+        // An original has no place, and so no strides to be brought into.
+        let strides = if slot.region.is_none() && number == usize::MAX { &info.strides } else { &slot.strides };
+        let recipe = Recipe::of_key(key, info, slot.dtype, strides);
         self.compare_identical(slot, key, &recipe)?;
         Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
     }
@@ -348,7 +414,8 @@ impl<'a> Planner<'a> {
 
     /// Where no other weights are taken, a key must have the bytes that the manifest states. State of the program is no weight.
     fn compare_identical(&mut self, slot: &Slot, key: &str, recipe: &Recipe) -> Result<()> {
-        if self.rule != RefitRule::Identical || slot.mutated {
+        // Originals have no bytes to compare with; what is made of them has.
+        if self.rule != RefitRule::Identical || slot.mutated || slot.region.is_none() {
             return Ok(());
         }
         let found = manifest::hash(&recipe.evaluate(self.checkpoint, slot.nbytes)?);

@@ -1,27 +1,40 @@
 //! Recipes: how a tensor's bytes come from the keys of a checkpoint, as a flat list of steps.
 //!
-//! One vocabulary for what a key map asks for and for what a slot needs. A recipe is data: it prints, compares and
-//! serialises. Steps work on a stack: a leaf puts a tensor on it, an operation replaces what it takes from the top.
+//! One vocabulary for what a key map asks for, for what a slot needs and for what a compiler folded. A recipe is data: it
+//! prints, compares and serialises. Steps work on a stack: a leaf puts a tensor on it, an operation replaces what it takes
+//! from the top.
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::artifact::Slot;
 use crate::checkpoint::Checkpoint;
+use crate::convert::{Arithmetic, Packing};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::source::zeroed;
-use crate::tensor::{TensorInfo, contiguous, same_layout};
+use crate::tensor::{TensorInfo, contiguous, describe, same_layout};
 
 /// One step. Dimensions may be negative: they count from the last one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "op", rename_all = "lowercase")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Step {
     /// The tensor of a key.
     Leaf {
         /// The key.
         key: String,
+    },
+    /// Elements that are part of the recipe, in row-major order.
+    Literal {
+        /// Their dtype.
+        dtype: Dtype,
+        /// Elements along each dimension.
+        shape: Vec<u64>,
+        /// The bytes, in hexadecimal where it is stored.
+        #[serde(with = "hex")]
+        bytes: Vec<u8>,
     },
     /// The same elements with other strides; only a last cast may follow.
     Restride {
@@ -30,11 +43,11 @@ pub enum Step {
     },
     /// Elements converted to another dtype.
     Cast {
-        /// Name of the dtype before, where it is known.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        from: Option<&'static str>,
-        /// Name of the dtype after.
-        to: &'static str,
+        /// The dtype before, where it is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<Dtype>,
+        /// The dtype after.
+        to: Dtype,
     },
     /// Dimensions in another order.
     Permute {
@@ -76,12 +89,28 @@ pub enum Step {
         /// How many; the topmost is the last.
         count: usize,
     },
+    /// Elements repeated along dimensions that have one, and along new ones in front.
+    Expand {
+        /// The sizes.
+        shape: Vec<u64>,
+    },
+    /// A function of each element of the topmost tensors, which are broadcast against each other.
+    Arithmetic {
+        /// Which; the topmost tensor is its last argument.
+        function: Arithmetic,
+    },
+    /// The bytes as oneDNN keeps a tensor, padding included. The last step of a recipe.
+    Pack(Packing),
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Leaf { key } => f.write_str(key),
+            Self::Literal { dtype, shape, bytes } => match number(*dtype, bytes).filter(|_| shape.is_empty()) {
+                Some(number) => f.write_str(&number),
+                None => write!(f, "literal {}", describe(*dtype, shape)),
+            },
             Self::Restride { strides } => write!(f, "strides {strides:?}"),
             Self::Cast { from: Some(from), to } => write!(f, "cast {from} to {to}"),
             Self::Cast { from: None, to } => write!(f, "cast to {to}"),
@@ -91,12 +120,15 @@ impl fmt::Display for Step {
             Self::Slice { dim, start, length } => write!(f, "{length} from {start} along {dim}"),
             Self::Chunk { dim, index, of } => write!(f, "part {index} of {of} along {dim}"),
             Self::Concat { dim, count } => write!(f, "concat {count} along {dim}"),
+            Self::Expand { shape } => write!(f, "expand to {shape:?}"),
+            Self::Arithmetic { function } => f.write_str(function.name()),
+            Self::Pack(packing) => write!(f, "pack as {packing}"),
         }
     }
 }
 
 /// The steps from keys to one tensor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Recipe(pub Vec<Step>);
 
@@ -126,9 +158,25 @@ impl Recipe {
             recipe.0.push(Step::Restride { strides: strides.to_vec() });
         }
         if info.dtype != dtype {
-            recipe.0.push(Step::Cast { from: Some(info.dtype.name()), to: dtype.name() });
+            recipe.0.push(Step::Cast { from: Some(info.dtype), to: dtype });
         }
         recipe
+    }
+
+    /// The recipe over other keys: each leaf replaced by the steps that `leaf` gives for it, and the result brought into the
+    /// layout of a slot.
+    pub(crate) fn over<'a>(&self, leaf: impl Fn(&str) -> Option<&'a Self>, slot: &Slot) -> Self {
+        let mut steps = Vec::with_capacity(self.0.len() + 1);
+        for step in &self.0 {
+            match step {
+                Step::Leaf { key } => steps.extend(leaf(key).into_iter().flat_map(|recipe| recipe.0.iter().cloned())),
+                other => steps.push(other.clone()),
+            }
+        }
+        if slot.packed.is_none() {
+            steps.push(Step::Restride { strides: slot.strides.clone() });
+        }
+        Self(steps)
     }
 
     /// The one key whose bytes are the result's as they are, if no step changes them.
@@ -145,6 +193,32 @@ impl Recipe {
             Step::Leaf { key } => Some(key.as_str()),
             _ => None,
         })
+    }
+
+    /// What it computes as one formula over keys, for people. Of a recipe that does not fit together, the steps.
+    pub fn formula(&self) -> String {
+        let mut stack: Vec<Term> = Vec::new();
+        for step in &self.0 {
+            let Some(term) = Term::of(step, &mut stack) else { return self.to_string() };
+            stack.push(term);
+        }
+        match <[Term; 1]>::try_from(stack) {
+            Ok([term]) => term.text,
+            Err(_) => self.to_string(),
+        }
+    }
+
+    /// Whether it computes, or only moves elements; in a word, for people.
+    pub fn kind(&self) -> &'static str {
+        let computes = self.0.iter().any(|step| matches!(step, Step::Arithmetic { .. } | Step::Cast { .. }));
+        let packs = matches!(self.0.last(), Some(Step::Pack(_)));
+        match (computes, packs, self.0.len()) {
+            (true, true, _) => "folded and packed",
+            (true, false, _) => "folded",
+            (false, true, _) => "packed",
+            (false, false, 0..=1) => "as it is",
+            (false, false, _) => "rearranged",
+        }
     }
 
     /// Makes the bytes. Reads the bytes of its keys; allocates the result.
@@ -164,5 +238,99 @@ impl Recipe {
     /// tensors, or if `out` is not as long as the result.
     pub fn evaluate_into(&self, checkpoint: &Checkpoint, out: &mut [u8]) -> Result<()> {
         checkpoint.evaluate_into(self, out)
+    }
+}
+
+/// A part of a formula.
+struct Term {
+    text: String,
+    /// How tightly it holds together: 0 for a sum, 1 for a product, 2 for what needs no brackets.
+    tightness: u8,
+}
+
+impl Term {
+    /// What a step makes of the terms before it, which it takes; `None` if there are too few.
+    fn of(step: &Step, stack: &mut Vec<Self>) -> Option<Self> {
+        let whole = |text: String| Some(Self { text, tightness: 2 });
+        let mut take = |count: usize| {
+            let start = stack.len().checked_sub(count)?;
+            Some(stack.split_off(start))
+        };
+        match step {
+            Step::Leaf { .. } | Step::Literal { .. } => whole(step.to_string()),
+            Step::Arithmetic { function } if function.arity() == 2 => {
+                let (sign, tightness) = match function {
+                    Arithmetic::Add => ("+", 0),
+                    Arithmetic::Sub => ("-", 0),
+                    Arithmetic::Mul => ("*", 1),
+                    _ => ("/", 1),
+                };
+                let [left, right] = <[Self; 2]>::try_from(take(2)?).ok()?;
+                let text = format!("{} {sign} {}", left.within(tightness), right.within(tightness + 1));
+                Some(Self { text, tightness })
+            }
+            Step::Arithmetic { function } => whole(format!("{}({})", function.name(), take(1)?.pop()?.text)),
+            Step::Concat { dim, count } => {
+                let parts: Vec<String> = take(*count)?.into_iter().map(|part| part.text).collect();
+                whole(format!("concat({}; along {dim})", parts.join(", ")))
+            }
+            Step::Cast { to, .. } => whole(format!("{to}({})", take(1)?.pop()?.text)),
+            _ => whole(format!("{{{} | {step}}}", take(1)?.pop()?.text)),
+        }
+    }
+
+    /// In brackets, if what is around it holds tighter.
+    fn within(self, tightness: u8) -> String {
+        if self.tightness < tightness { format!("({})", self.text) } else { self.text }
+    }
+}
+
+/// The value of one float, for people: as few digits as tell it from others of its dtype.
+fn number(dtype: Dtype, bytes: &[u8]) -> Option<String> {
+    if dtype == Dtype::F32 {
+        return Some(f32::from_ne_bytes(bytes.try_into().ok()?).to_string());
+    }
+    let wide = crate::convert::cast(bytes, dtype, Dtype::F64).ok()?;
+    Some(f64::from_ne_bytes(wide.try_into().ok()?).to_string())
+}
+
+/// Bytes as text.
+mod hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        let text: String = digits.filter_map(|digit| char::from_digit(digit.into(), 16)).collect();
+        to.serialize_str(&text)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(from)?;
+        let digit = |of: u8| char::from(of).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let byte = |pair: &[u8]| match pair {
+            [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+            _ => None,
+        };
+        let bytes: Option<Vec<u8>> = text.as_bytes().chunks(2).map(byte).collect();
+        bytes.ok_or_else(|| D::Error::custom("bytes are no pairs of hexadecimal digits"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formulas_have_brackets_where_they_need_them() {
+        let leaf = |key: &str| Step::Leaf { key: key.to_owned() };
+        let one = Step::Literal { dtype: Dtype::F32, shape: vec![], bytes: 1_f32.to_ne_bytes().into() };
+        let apply = |function| Step::Arithmetic { function };
+        let mut steps = vec![leaf("b"), leaf("m"), apply(Arithmetic::Sub), one, leaf("v"), apply(Arithmetic::Sqrt)];
+        steps.extend([apply(Arithmetic::Div), apply(Arithmetic::Mul)]);
+        let recipe = Recipe(steps);
+        assert_eq!(recipe.formula(), "(b - m) * (1 / sqrt(v))");
+        assert_eq!(recipe.kind(), "folded");
+        let torn = Recipe(vec![leaf("b"), apply(Arithmetic::Mul)]);
+        assert_eq!(torn.formula(), "b | mul");
     }
 }

@@ -12,10 +12,11 @@ use regex::Regex;
 
 use super::manifest::{self, Manifest};
 use super::stored::block_overlaps;
-use super::{Absent, Artifact, Checksum, Holds, Kind, Slot, SlotKind, library};
+use super::{Absent, Artifact, Checksum, Holds, Kind, Packed, Slot, SlotKind, library};
 use crate::checkpoint::json::{self, Unique};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::container::zip::Archive;
+use crate::convert::Packing;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
@@ -141,10 +142,12 @@ pub(super) fn read(path: &Path, source: Source, limits: &Limits) -> Result<Artif
         [records] => manifest::read(&archive, records, limits)?,
         _ => None,
     };
-    if let Some(manifest) = &manifest {
-        manifest.label(&mut reader.slots)?;
-    }
-    Ok(reader.finish(path, source, Kind::Aotinductor, Some(archive), models, manifest))
+    let originals = match &manifest {
+        Some(manifest) => manifest.label(&mut reader.slots)?,
+        None => Vec::new(),
+    };
+    let artifact = reader.finish(path, source, Kind::Aotinductor, Some(archive), models, manifest);
+    Ok(Artifact { originals, ..artifact })
 }
 
 /// Reads a library that stands beside its generated source, as `torch._inductor.aot_compile` leaves it.
@@ -340,7 +343,17 @@ impl<'a> Reader<'a> {
         let Self { mut slots, regions, recomputed, absent, .. } = self;
         block_overlaps(&mut slots);
         let holds = Holds::Program(Box::new(Program { archive, models, regions, manifest, absent, recomputed }));
-        Artifact { path: path.to_owned(), source, stripped: None, kind, slots, unused, unrefittable, holds }
+        Artifact {
+            path: path.to_owned(),
+            source,
+            stripped: None,
+            kind,
+            slots,
+            originals: Vec::new(),
+            unused,
+            unrefittable,
+            holds,
+        }
     }
 }
 
@@ -408,6 +421,8 @@ struct Row {
     byte_offset: u64,
     folded: bool,
     layout: String,
+    /// What the compiler states of an opaque layout.
+    descriptor: Vec<u8>,
     device: String,
 }
 
@@ -479,6 +494,7 @@ impl Row {
             "shape" => self.shape = numbers(value)?,
             "stride" => self.strides = numbers(value)?,
             "from_folded" => self.folded = value == "true",
+            "opaque_metadata" => self.descriptor = bytes(value)?,
             "layout" => value.clone_into(&mut self.layout),
             "device_type" => value.clone_into(&mut self.device),
             "dtype" => self.dtype = value.strip_prefix("cached_torch_dtype_").and_then(Dtype::from_name),
@@ -548,11 +564,22 @@ impl Row {
             hash: None,
             blocked,
             stripped: false,
+            recipe: None,
+            packed: None,
         }
+    }
+
+    /// What is known of a row that is packed for oneDNN. A descriptor of another kind stays unknown.
+    fn packed(&self) -> Option<Packed> {
+        let (packing, dtype) = Packing::from_descriptor(&self.descriptor, self.nbytes).ok()?;
+        packing.check(dtype, numel(&self.shape)?).ok()?;
+        let (shape, descriptor) = (self.shape.clone(), self.descriptor.clone());
+        (self.dtype == Some(dtype)).then_some(Packed { dtype, shape, descriptor, packing })
     }
 
     /// A slot of as many bytes as the row has.
     fn into_blocked(self, region: Option<usize>, blocked: Option<String>) -> Slot {
+        let packed = self.packed();
         let plain = Self {
             dtype: Some(Dtype::U8),
             shape: vec![self.nbytes],
@@ -561,7 +588,7 @@ impl Row {
             layout: "strided".to_owned(),
             ..self
         };
-        Slot { blocked, ..plain.into_slot(region) }
+        Slot { blocked, packed, ..plain.into_slot(region) }
     }
 }
 
@@ -582,6 +609,11 @@ fn numbers(value: &str) -> Result<Vec<u64>> {
     let inner = value.strip_prefix('{').and_then(|value| value.strip_suffix('}'));
     let inner = inner.ok_or_else(|| Error::format(format!("{value:?} is not a list of sizes")))?;
     inner.split(',').filter(|item| !item.trim().is_empty()).map(number).collect()
+}
+
+fn bytes(value: &str) -> Result<Vec<u8>> {
+    let byte = |value: &u64| u8::try_from(*value).map_err(|_| Error::format(format!("{value} is no byte")));
+    numbers(value)?.iter().map(byte).collect()
 }
 
 /// The rows must be exactly the bytes of the record.

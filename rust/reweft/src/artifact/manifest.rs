@@ -10,11 +10,13 @@ use std::path::Path;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
+use super::folded::{self, Folded, Original};
 pub use super::signature::{Constant, Expected, Input, Leaf, Operation, Output, Signature, Size, Symbol};
 use super::{Artifact, Slot, SlotKind, Unrefittable, aotinductor::Records};
 use crate::container::zip::{Archive, append_records};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::recipe::{Recipe, Step};
 use crate::source::Access;
 use crate::write::AtomicFile;
 
@@ -66,6 +68,23 @@ pub struct Origins {
     pub program: Option<String>,
     /// Every parameter, buffer and tensor attribute.
     pub tensors: Vec<Origin>,
+    /// What a freezing compiler made of them, if it was one.
+    #[serde(default)]
+    pub folded: Option<Recorded>,
+}
+
+/// What was recorded while a compiler froze weights.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Recorded {
+    /// As [`Folded::capability`].
+    pub capability: String,
+    /// As [`Folded::compared`].
+    pub compared: bool,
+    /// Tensors that recipes name by their first name.
+    pub originals: Vec<Original>,
+    /// By the name of a row in the program, the steps that make its elements. Packing is not among them: the program states
+    /// it.
+    pub recipes: IndexMap<String, Recipe>,
 }
 
 /// Which batch sizes calls may have. The names are as long as each other, so that another one moves nothing in a package.
@@ -112,6 +131,8 @@ pub struct Manifest {
     slots: Vec<ManifestSlot>,
     unused: Vec<String>,
     unrefittable: Vec<Unrefittable>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    folded: Option<Folded>,
 }
 
 /// A slot as the manifest states it.
@@ -129,6 +150,8 @@ pub(crate) struct ManifestSlot {
     byte_offset: u64,
     nbytes: u64,
     pub hash: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    recipe: Option<Recipe>,
 }
 
 /// Hash of a slot's bytes: BLAKE3, in hex behind the name, so that it is as long for every value.
@@ -168,23 +191,36 @@ pub(crate) fn record_name(records: &Records) -> String {
 }
 
 impl Manifest {
-    /// Puts names, aliases and hashes on the program's rows, which must be the rows the manifest was made of.
-    pub(super) fn label(&self, slots: &mut [Slot]) -> Result<()> {
+    /// Puts names, aliases, hashes and recipes on the program's rows, which must be the rows the manifest was made of. Gives
+    /// the tensors that recipes name beside them.
+    pub(super) fn label(&self, slots: &mut [Slot]) -> Result<Vec<Slot>> {
         if self.slots.len() != slots.len() {
             let (stated, found) = (self.slots.len(), slots.len());
             return Err(Error::format(format!("manifest has {stated} slots, the program {found}")));
         }
-        for (stated, slot) in self.slots.iter().zip(slots) {
+        for (stated, slot) in self.slots.iter().zip(&mut *slots) {
             slot.name.clone_from(&stated.name);
             slot.aliases.clone_from(&stated.aliases);
             slot.persistent = stated.persistent;
             slot.mutated = stated.mutated;
             slot.hash = Some(stated.hash.clone());
+            slot.recipe.clone_from(&stated.recipe);
             if ManifestSlot::new(slot, stated.hash.clone()) != *stated {
                 return Err(Error::format("manifest and program differ on this slot").of_key(&stated.name));
             }
         }
-        Ok(())
+        match &self.folded {
+            Some(folded) => folded::originals(folded, slots),
+            None if slots.iter().any(|slot| slot.recipe.is_some()) => {
+                Err(Error::format("manifest has recipes, but does not say over which tensors"))
+            }
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// What it states of weights that were folded, if some were.
+    pub fn folded(&self) -> Option<&Folded> {
+        self.folded.as_ref()
     }
 
     /// Version of torch that compiled the package.
@@ -255,6 +291,7 @@ impl ManifestSlot {
             byte_offset: slot.byte_offset,
             nbytes: slot.nbytes,
             hash,
+            recipe: slot.recipe.clone(),
         }
     }
 }
@@ -298,8 +335,10 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
     }
     let mut placed = vec![false; origins.tensors.len()];
     let mut slots = Vec::with_capacity(artifact.slots().len());
+    let recorded = origins.folded.as_ref();
     for slot in artifact.slots() {
         let mut slot = slot.clone();
+        slot.recipe = recorded.and_then(|recorded| recipe_of(&slot, recorded));
         if let Some(number) = by_name.get(slot.name.as_str()) {
             let origin = &origins.tensors[*number];
             if std::mem::replace(&mut placed[*number], true) {
@@ -309,10 +348,26 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
             slot.name = names.next().unwrap_or(slot.name);
             slot.aliases = names.collect();
             (slot.persistent, slot.mutated) = (origin.persistent, origin.mutated);
+        } else if let Some(recipe) = &slot.recipe {
+            // Whatever has a recipe is made anew from its tensors, and never written to by the program.
+            let mut of = recipe.keys().filter_map(|key| by_name.get(key));
+            (slot.persistent, slot.mutated) = (of.any(|number| origins.tensors[*number].persistent), false);
         }
         let bytes = artifact.read_slot(&slot)?;
         slots.push(ManifestSlot::new(&slot, hash(&bytes)));
     }
+    for name in recorded.iter().flat_map(|recorded| &recorded.originals).flat_map(|original| &original.names) {
+        if let Some(number) = by_name.get(name.as_str()) {
+            placed[*number] = true;
+        }
+    }
+    let recipes = slots.iter().filter_map(|slot| Some((slot.name.as_str(), slot.recipe.as_ref()?)));
+    let folded = recorded.map(|recorded| {
+        let digest = folded::digest(&recorded.originals, recipes)?;
+        let (capability, originals) = (recorded.capability.clone(), recorded.originals.clone());
+        Ok::<_, Error>(Folded { capability, compared: recorded.compared, originals, digest })
+    });
+    let folded = folded.transpose()?;
     let absent = origins.tensors.iter().zip(&placed).filter(|(_, placed)| !**placed).map(|(origin, _)| origin);
     let (used, unused): (Vec<_>, Vec<_>) = absent.partition(|origin| origin.used);
     let baked = "the compiler put its value into the code";
@@ -334,5 +389,13 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
             .flat_map(|origin| &origin.names)
             .map(|name| Unrefittable { name: name.clone(), reason: baked.to_owned() })
             .collect(),
+        folded,
     })
+}
+
+/// How a row is made: as it was recorded, and packed as the program states it.
+fn recipe_of(slot: &Slot, recorded: &Recorded) -> Option<Recipe> {
+    let mut recipe = recorded.recipes.get(&slot.name)?.clone();
+    recipe.0.extend(slot.packed.iter().map(|packed| Step::Pack(packed.packing.clone())));
+    Some(recipe)
 }

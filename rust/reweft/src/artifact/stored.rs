@@ -46,7 +46,8 @@ pub(super) fn read(path: &Path, source: Source, access: Access, limits: &Limits)
     let archive = if kind == Kind::Exported { Some(Archive::open(source.clone())?) } else { None };
     let slots = slots(&checkpoint, kind, archive.as_ref())?;
     let holds = Holds::Storages(Box::new(Stored { checkpoint, archive }));
-    Ok(Artifact { path: path.to_owned(), source, stripped: None, kind, slots, unused: Vec::new(), unrefittable, holds })
+    let (originals, unused) = (Vec::new(), Vec::new());
+    Ok(Artifact { path: path.to_owned(), source, stripped: None, kind, slots, originals, unused, unrefittable, holds })
 }
 
 /// Tensors that are the same are one slot with several names.
@@ -80,6 +81,8 @@ fn slots(checkpoint: &Checkpoint, kind: Kind, archive: Option<&Archive>) -> Resu
             hash: None,
             blocked: blocked(storage).map(str::to_owned),
             stripped: false,
+            recipe: None,
+            packed: None,
         });
     }
     block_overlaps(&mut slots);

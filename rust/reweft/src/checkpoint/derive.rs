@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 
+use super::Storage;
 use super::made::Making;
 use super::storages::Storages;
-use crate::convert::can_cast;
+use crate::convert::{Arithmetic, can_cast};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::Limits;
 use crate::recipe::{Recipe, Step};
-use crate::tensor::{TensorInfo, contiguous, describe, numel};
+use crate::tensor::{MAX_DIMS, TensorInfo, contiguous, describe, numel};
 
 /// A tensor, and the strides that its bytes are wanted in if a recipe names them.
 pub(super) struct Derived {
@@ -40,10 +42,13 @@ impl Derive {
             }
             let made = match step {
                 Step::Leaf { key } => leaf(key)?,
+                Step::Literal { dtype, shape, bytes } => self.literal(step, *dtype, shape, bytes)?,
+                Step::Arithmetic { function } => {
+                    let operands = take(step, &mut stack, function.arity())?;
+                    self.arithmetic(step, *function, operands)?
+                }
                 Step::Concat { dim, count } => {
-                    let start = stack.len().checked_sub(*count).filter(|_| *count > 0);
-                    let start = start.ok_or_else(|| misfit(step, "there are not that many tensors"))?;
-                    let parts = stack.split_off(start);
+                    let parts = take(step, &mut stack, *count)?;
                     self.concat(step, parts, *dim)?
                 }
                 _ => {
@@ -68,7 +73,7 @@ impl Derive {
     pub fn change(&mut self, step: &Step, mut of: TensorInfo) -> Result<TensorInfo> {
         match step {
             Step::Cast { to, .. } => {
-                let to = Dtype::from_name(to).ok_or_else(|| misfit(step, "no such dtype"))?;
+                let to = *to;
                 if to == of.dtype {
                     return Ok(of);
                 }
@@ -99,7 +104,16 @@ impl Derive {
                 }
                 narrow(step, of, *dim, index * (size / count), size / count)
             }
-            Step::Leaf { .. } | Step::Restride { .. } | Step::Concat { .. } => Err(misfit(step, "takes no tensor")),
+            Step::Expand { shape } => expand(step, &of, shape),
+            Step::Pack(packing) => {
+                packing.check(of.dtype, of.numel()).map_err(|error| misfit(step, &error.message()))?;
+                self.make(vec![packing.nbytes], Making::Pack { of, packing: packing.clone() })
+            }
+            Step::Leaf { .. }
+            | Step::Literal { .. }
+            | Step::Restride { .. }
+            | Step::Concat { .. }
+            | Step::Arithmetic { .. } => Err(misfit(step, "is no change of one tensor")),
         }
     }
 
@@ -123,6 +137,29 @@ impl Derive {
         self.make(shape, Making::Concat { parts, dim })
     }
 
+    fn literal(&mut self, step: &Step, dtype: Dtype, shape: &[u64], bytes: &[u8]) -> Result<TensorInfo> {
+        if numel(shape).and_then(|numel| dtype.nbytes(numel)) != Some(bytes.len() as u64) {
+            return Err(misfit(step, &format!("it has {} bytes", bytes.len())));
+        }
+        self.make(shape.to_vec(), Making::Literal { dtype, bytes: bytes.to_vec() })
+    }
+
+    /// Applies a function to tensors that are seen under one shape, which they are repeated to.
+    fn arithmetic(&mut self, step: &Step, function: Arithmetic, mut operands: Vec<TensorInfo>) -> Result<TensorInfo> {
+        let dtype = operands.first().map_or(Dtype::U8, |of| of.dtype);
+        if let Some(of) = operands.iter().find(|of| of.dtype != dtype || !Arithmetic::takes(of.dtype)) {
+            return Err(misfit(step, &format!("it takes float32 or float64 alone, not {dtype} and {}", of.dtype)));
+        }
+        let mut shape: Vec<u64> = Vec::new();
+        for of in &operands {
+            shape = broadcast(step, &shape, &of.shape)?;
+        }
+        for of in &mut operands {
+            *of = expand(step, of, &shape)?;
+        }
+        self.make(shape, Making::Arithmetic { function, operands })
+    }
+
     /// A row-major tensor over a made storage.
     fn make(&mut self, shape: Vec<u64>, making: Making) -> Result<TensorInfo> {
         let dtype = making.dtype();
@@ -135,6 +172,68 @@ impl Derive {
         };
         Ok(TensorInfo { dtype, strides: contiguous(&shape), shape, storage, storage_offset: 0 })
     }
+}
+
+/// What a recipe makes, without a checkpoint.
+pub(crate) struct Inferred {
+    pub dtype: Dtype,
+    pub shape: Vec<u64>,
+    /// Bytes that are made on the way, the result included.
+    pub nbytes: u64,
+}
+
+/// Follows a recipe over tensors of which only dtype and shape are known.
+///
+/// # Errors
+/// What `leaf` gives; [`ErrorKind::Usage`] for a step that does not fit its tensor; [`ErrorKind::Limit`] for layers upon
+/// layers.
+pub(crate) fn infer(recipe: &Recipe, leaf: impl Fn(&str) -> Result<(Dtype, Vec<u64>)>) -> Result<Inferred> {
+    let keys: Vec<&str> = recipe.keys().collect();
+    let mut known = HashMap::new();
+    let mut storages = Vec::with_capacity(keys.len());
+    for key in keys {
+        let (dtype, shape) = leaf(key)?;
+        let info = TensorInfo { dtype, strides: contiguous(&shape), shape, storage: storages.len(), storage_offset: 0 };
+        storages.push(Storage::unread(info.nbytes()));
+        known.insert(key, info);
+    }
+    let mut derive = Derive::new(Storages::new(storages, Limits::default().max_repeated_nbytes));
+    let find = |key: &str| known.get(key).cloned().ok_or_else(|| Error::format("no such tensor").of_key(key));
+    let Derived { info, .. } = derive.follow(recipe, find)?;
+    let made = derive.storages.iter().filter(|storage| storage.making().is_some()).map(|storage| storage.nbytes);
+    Ok(Inferred { dtype: info.dtype, shape: info.shape, nbytes: made.fold(0, u64::saturating_add) })
+}
+
+/// The topmost tensors, the topmost last.
+fn take(step: &Step, stack: &mut Vec<TensorInfo>, count: usize) -> Result<Vec<TensorInfo>> {
+    let start = stack.len().checked_sub(count).filter(|_| count > 0);
+    let start = start.ok_or_else(|| misfit(step, "there are not that many tensors"))?;
+    Ok(stack.split_off(start))
+}
+
+/// The shape that two tensors are both repeated to, as numpy does it.
+fn broadcast(step: &Step, left: &[u64], right: &[u64]) -> Result<Vec<u64>> {
+    let rank = left.len().max(right.len());
+    let size = |shape: &[u64], dim: usize| (dim + shape.len()).checked_sub(rank).map_or(1, |dim| shape[dim]);
+    let pair = |dim: usize| match (size(left, dim), size(right, dim)) {
+        (1, other) | (other, 1) => Ok(other),
+        (one, other) if one == other => Ok(one),
+        _ => Err(misfit(step, &format!("{left:?} and {right:?} do not fit each other"))),
+    };
+    (0..rank).map(pair).collect()
+}
+
+/// The tensor seen under a shape that it is repeated to.
+fn expand(step: &Step, of: &TensorInfo, shape: &[u64]) -> Result<TensorInfo> {
+    let fits = of.shape.len() <= shape.len() && shape.len() <= MAX_DIMS && broadcast(step, &of.shape, shape)? == shape;
+    if !fits || numel(shape).and_then(|numel| of.dtype.nbytes(numel)).is_none() {
+        return Err(misfit(step, &format!("{} cannot be repeated to {shape:?}", describe(of.dtype, &of.shape))));
+    }
+    let mut strides = vec![0; shape.len() - of.shape.len()];
+    let kept = of.shape.iter().zip(&of.strides).zip(&shape[strides.len()..]);
+    let kept: Vec<u64> = kept.map(|((size, stride), wanted)| if size == wanted { *stride } else { 0 }).collect();
+    strides.extend(kept);
+    Ok(TensorInfo { shape: shape.to_vec(), strides, ..of.clone() })
 }
 
 fn misfit(step: &Step, why: &str) -> Error {
@@ -188,4 +287,63 @@ fn narrow(step: &Step, mut of: TensorInfo, dim: i64, start: u64, length: u64) ->
     of.storage_offset = skipped.ok_or_else(|| misfit(step, "offset overflows"))?;
     of.shape[dim] = length;
     Ok(of)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shapes(key: &str) -> Result<(Dtype, Vec<u64>)> {
+        match key {
+            "weight" => Ok((Dtype::F32, vec![4, 3, 2, 2])),
+            "scale" => Ok((Dtype::F32, vec![4])),
+            "half" => Ok((Dtype::BF16, vec![4])),
+            _ => Err(Error::format("no such tensor")),
+        }
+    }
+
+    fn follow(steps: &str) -> Result<Inferred> {
+        infer(&serde_json::from_str(steps).map_err(|error| Error::format(error.to_string()))?, shapes)
+    }
+
+    #[test]
+    fn recipes_of_folded_weights_are_followed_on_metadata() {
+        let made = follow(
+            r#"[{"op":"leaf","key":"weight"},{"op":"leaf","key":"scale"},{"op":"reshape","shape":[4,1,1,1]},
+                {"op":"literal","dtype":"float32","shape":[],"bytes":"0000803f"},{"op":"arithmetic","function":"div"},
+                {"op":"arithmetic","function":"mul"}]"#,
+        );
+        let made = made.unwrap();
+        // The literal, the quotient and the product.
+        assert_eq!((made.dtype, made.shape, made.nbytes), (Dtype::F32, vec![4, 3, 2, 2], 4 + 16 + 192));
+    }
+
+    #[test]
+    fn recipes_that_do_not_fit_are_errors() {
+        let leaf = |key: &str| format!(r#"{{"op":"leaf","key":"{key}"}}"#);
+        for (steps, why) in [
+            (String::new(), "leaves 0 tensors"),
+            (format!("{},{}", leaf("scale"), leaf("scale")), "leaves 2 tensors"),
+            (leaf("other"), "no such tensor"),
+            (format!(r#"{},{{"op":"arithmetic","function":"mul"}}"#, leaf("scale")), "not that many"),
+            (format!(r#"{},{},{{"op":"arithmetic","function":"mul"}}"#, leaf("weight"), leaf("scale")), "do not fit"),
+            (format!(r#"{},{},{{"op":"arithmetic","function":"mul"}}"#, leaf("half"), leaf("scale")), "alone"),
+            (format!(r#"{},{{"op":"expand","shape":[4,3]}}"#, leaf("scale")), "do not fit"),
+            (format!(r#"{},{{"op":"expand","shape":[18446744073709551615,4]}}"#, leaf("scale")), "cannot be repeated"),
+            (r#"{"op":"literal","dtype":"float32","shape":[2],"bytes":"00"}"#.to_owned(), "1 bytes"),
+            (r#"{"op":"literal","dtype":"float32","shape":[],"bytes":"0g"}"#.to_owned(), "hexadecimal"),
+            (
+                format!(
+                    r#"{},{{"op":"pack","dims":[4],"padded":[4],"strides":[1],"blocks":[],"nbytes":8}}"#,
+                    leaf("scale")
+                ),
+                "no layout",
+            ),
+            (format!(r#"{},{{"op":"explode"}}"#, leaf("scale")), "unknown variant"),
+            (leaf("scale") + &r#",{"op":"arithmetic","function":"sqrt"}"#.repeat(70), "deep"),
+        ] {
+            let error = follow(&format!("[{steps}]")).err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(error.contains(why), "{steps}: {error}");
+        }
+    }
 }

@@ -150,7 +150,7 @@ fn fit(derive: &mut Derive, info: &TensorInfo, room: &Room<'_>, cast: bool) -> R
         return Err(Error::new(ErrorKind::Mismatch, format!("found {found}, wanted {wanted}")));
     }
     derive.storages.check_repeats(info)?;
-    let info = derive.change(&Step::Cast { from: None, to: room.dtype.name() }, info.clone())?;
+    let info = derive.change(&Step::Cast { from: None, to: room.dtype }, info.clone())?;
     if info.nbytes() != room.bytes.len() as u64 {
         let what = format!("tensor of {} bytes, room for {}", info.nbytes(), room.bytes.len());
         return Err(Error::new(ErrorKind::Usage, what));

@@ -3,7 +3,7 @@
 //! A tensor that is only seen another way (permuted, cut, reshaped) needs none of this: it is a view of its storage.
 
 use super::storages::Storages;
-use crate::convert;
+use crate::convert::{self, Arithmetic, Operand, Packing};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{slice, to_usize, zeroed};
@@ -21,6 +21,12 @@ pub(super) enum Making {
     Cast { of: TensorInfo, to: Dtype },
     /// Tensors one behind the other along a dimension; dtypes and all other sizes agree.
     Concat { parts: Vec<TensorInfo>, dim: usize },
+    /// Elements that are part of a recipe.
+    Literal { dtype: Dtype, bytes: Vec<u8> },
+    /// A function of each element of tensors of one shape and dtype, which may be repeated to it.
+    Arithmetic { function: Arithmetic, operands: Vec<TensorInfo> },
+    /// A tensor as oneDNN keeps it.
+    Pack { of: TensorInfo, packing: Packing },
     /// The values of a lazily conjugated or negated view.
     Signs { of: TensorInfo, signs: Signs },
 }
@@ -35,28 +41,44 @@ pub(super) struct Signs {
 impl Making {
     pub fn operands(&self) -> &[TensorInfo] {
         match self {
-            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } => std::slice::from_ref(of),
+            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } | Self::Pack { of, .. } => {
+                std::slice::from_ref(of)
+            }
             Self::Concat { parts, .. } => parts,
+            Self::Arithmetic { operands, .. } => operands,
+            Self::Literal { .. } => &[],
         }
     }
 
     pub fn operands_mut(&mut self) -> &mut [TensorInfo] {
         match self {
-            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } => std::slice::from_mut(of),
+            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } | Self::Pack { of, .. } => {
+                std::slice::from_mut(of)
+            }
             Self::Concat { parts, .. } => parts,
+            Self::Arithmetic { operands, .. } => operands,
+            Self::Literal { .. } => &mut [],
         }
     }
 
     pub fn dtype(&self) -> Dtype {
         match self {
             Self::Cast { to, .. } => *to,
+            Self::Literal { dtype, .. } => *dtype,
+            Self::Pack { .. } => Dtype::U8,
             // Operations have operands; without one there would be no element either.
             _ => self.operands().first().map_or(Dtype::U8, |of| of.dtype),
         }
     }
 
     pub fn nbytes(&self) -> Result<u64> {
-        let elements = self.operands().iter().try_fold(0_u64, |sum, of| sum.checked_add(numel(&of.shape)?));
+        let elements = match self {
+            Self::Literal { bytes, .. } => return Ok(bytes.len() as u64),
+            Self::Pack { packing, .. } => return Ok(packing.nbytes),
+            // Its operands have the shape of the result.
+            Self::Arithmetic { operands, .. } => operands.first().map_or(Some(0), |of| numel(&of.shape)),
+            _ => self.operands().iter().try_fold(0_u64, |sum, of| sum.checked_add(numel(&of.shape)?)),
+        };
         let nbytes = elements.and_then(|elements| self.dtype().nbytes(elements));
         nbytes.ok_or_else(|| Error::format("tensor takes 2^64 bytes"))
     }
@@ -65,7 +87,7 @@ impl Making {
     pub fn works_in_pieces(&self) -> bool {
         match self {
             Self::Cast { of, .. } | Self::Signs { of, .. } => of.is_contiguous(),
-            Self::Contiguous(_) | Self::Concat { .. } => false,
+            _ => false,
         }
     }
 
@@ -92,6 +114,12 @@ impl Making {
         match self {
             Self::Contiguous(of) => storages.gather(of, &contiguous(&of.shape), out),
             Self::Concat { parts, dim } => concat(storages, parts, *dim, out),
+            Self::Literal { bytes, .. } => {
+                out.copy_from_slice(bytes);
+                Ok(())
+            }
+            Self::Arithmetic { function, operands } => arithmetic(storages, *function, operands, out),
+            Self::Pack { of, packing } => packing.pack(of.dtype, &storages.elements(of)?, out),
             Self::Cast { of, .. } | Self::Signs { of, .. } => {
                 let mut elements = zeroed(of.nbytes())?;
                 storages.gather(of, &contiguous(&of.shape), &mut elements)?;
@@ -128,7 +156,7 @@ impl Making {
                 signs.apply(of.dtype, elements)?;
                 out.copy_from_slice(elements);
             }
-            Self::Contiguous(_) | Self::Concat { .. } => out.copy_from_slice(elements),
+            _ => out.copy_from_slice(elements),
         }
         Ok(())
     }
@@ -178,6 +206,16 @@ fn negate_integer(bytes: &mut [u8]) {
         let (sum, overflow) = (!*byte).overflowing_add(u8::from(carry));
         (*byte, carry) = (sum, overflow);
     }
+}
+
+/// Applies a function to each element. The first operand is made in the place of the result where it is as long, so that
+/// a chain of functions holds one result.
+fn arithmetic(storages: &Storages, function: Arithmetic, operands: &[TensorInfo], out: &mut [u8]) -> Result<()> {
+    let Some((first, rest)) = operands.split_first() else { return Ok(()) };
+    storages.gather(first, &contiguous(&first.shape), out)?;
+    let windows = rest.iter().map(|of| storages.window(of)).collect::<Result<Vec<_>>>()?;
+    let rest: Vec<_> = rest.iter().zip(&windows).map(|(of, bytes)| Operand { bytes, strides: &of.strides }).collect();
+    function.apply(first.dtype, &first.shape, out, rest.first())
 }
 
 /// Puts each part at its place along `dim`; one part is in memory at a time beside the result.

@@ -61,6 +61,12 @@ impl Storage {
         Self::new(extent, Place::Range(source, byte_offset, name.into()))
     }
 
+    /// So many bytes that nobody is going to read.
+    pub(super) fn unread(nbytes: u64) -> Self {
+        let nothing: Source = Arc::new(Vec::new());
+        Self::range(nothing, 0, "", Extent { dtype: None, nbytes, device: "cpu".into() })
+    }
+
     /// A whole source.
     pub(super) fn memory(source: Source, number: usize) -> Self {
         let extent = Extent { dtype: None, nbytes: source.len(), device: "cpu".into() };

@@ -1,5 +1,6 @@
 //! The storages of a checkpoint together, and from a tensor to its bytes.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::Storage;
@@ -7,7 +8,7 @@ use super::made::Making;
 use crate::convert;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source;
-use crate::tensor::{TensorInfo, same_layout};
+use crate::tensor::{TensorInfo, contiguous, same_layout};
 
 /// Most layers of tensors that are made of made tensors; each is a call within a call when bytes are read.
 const MAX_DEPTH: usize = 64;
@@ -64,8 +65,13 @@ impl Storages {
     /// [`ErrorKind::Limit`] for layers upon layers; [`ErrorKind::Format`] if it takes 2^64 bytes.
     pub(super) fn push(&mut self, making: Making) -> Result<usize> {
         let mut depth = 0;
+        // What a tensor is combined with may be repeated to its size.
+        let held = making.operands().iter().map(|of| Ok(self.get(of.storage)?.nbytes));
+        let held = held.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0);
         for operand in making.operands() {
-            self.check_repeats(operand)?;
+            if !matches!(making, Making::Arithmetic { .. }) || operand.nbytes() > held {
+                self.check_repeats(operand)?;
+            }
             depth = depth.max(self.get(operand.storage)?.depth() + 1);
         }
         if depth > MAX_DEPTH {
@@ -122,6 +128,36 @@ impl Storages {
         }
         swap(storage, info, out);
         Ok(())
+    }
+
+    /// The elements of a tensor in row-major order; where they are if they stand so in memory.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    pub(super) fn elements(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
+        if info.is_contiguous() {
+            return self.window(info);
+        }
+        let mut elements = source::zeroed(info.nbytes())?;
+        self.gather(info, &contiguous(&info.shape), &mut elements)?;
+        Ok(elements.into())
+    }
+
+    /// The bytes from a tensor's first element to its last, in this machine's byte order; where they are if they are in
+    /// memory.
+    ///
+    /// # Errors
+    /// Read errors.
+    pub(super) fn window(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
+        let storage = self.get(info.storage)?;
+        let (byte_offset, nbytes) = info.window(storage.nbytes)?;
+        if let Some(bytes) = storage.as_slice()? {
+            return Ok(source::slice(bytes, byte_offset, nbytes)?.into());
+        }
+        let mut window = source::zeroed(nbytes)?;
+        self.read_into(info.storage, byte_offset, &mut window)?;
+        swap(storage, info, &mut window);
+        Ok(window.into())
     }
 
     /// Reads elements of a row-major tensor from the one of number `first` on, as many as `out` takes.

@@ -63,6 +63,9 @@ impl<'a> Side<'a> {
         for absent in artifact.unrefittable() {
             out_of_reach.insert(absent.name.clone(), absent.reason.clone());
         }
+        for name in artifact.originals().iter().flat_map(Slot::names) {
+            out_of_reach.insert(name.to_owned(), "the compiler folded it into slots".to_owned());
+        }
         let mut excuses = HashMap::new();
         for name in artifact.slots().iter().filter(|slot| !slot.persistent).flat_map(Slot::names) {
             excuses.insert(name.to_owned(), "no state_dict has it".to_owned());

@@ -8,7 +8,6 @@ use indexmap::IndexMap;
 use regex::{Captures, Regex};
 
 use super::compile;
-use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recipe::{Recipe, Step};
 
@@ -127,16 +126,19 @@ impl Rule {
     /// Changes tensors whose names match: a [`Step`] that takes one tensor, such as a permutation or a cast.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a pattern that does not compile, a dtype that does not exist, or another kind of step.
+    /// [`ErrorKind::Usage`] for a pattern that does not compile, or another kind of step.
     pub fn change(pattern: &str, step: Step) -> Result<Self> {
-        match &step {
-            Step::Cast { to, .. } if Dtype::from_name(to).is_none() => {
-                return Err(Error::new(ErrorKind::Usage, format!("no dtype {to:?}")));
-            }
-            Step::Leaf { .. } | Step::Restride { .. } | Step::Concat { .. } => {
-                return Err(Error::new(ErrorKind::Usage, format!("{step} is no change of one tensor")));
-            }
-            _ => {}
+        let takes_one = matches!(
+            step,
+            Step::Cast { .. }
+                | Step::Permute { .. }
+                | Step::Transpose { .. }
+                | Step::Reshape { .. }
+                | Step::Slice { .. }
+                | Step::Chunk { .. }
+        );
+        if !takes_one {
+            return Err(Error::new(ErrorKind::Usage, format!("{step} is no change of one tensor")));
         }
         Ok(Self(Action::Change { pattern: compile(pattern)?, step }))
     }

@@ -164,7 +164,7 @@ impl RuleText {
             }
             Self { r#match: Some(pattern), cast, permute, transpose, reshape, .. } => {
                 let step = match (cast, permute, transpose, reshape) {
-                    (Some(to), None, None, None) => Step::Cast { from: None, to: dtype_name(&to)? },
+                    (Some(to), None, None, None) => Step::Cast { from: None, to: dtype(&to)? },
                     (None, Some(dims), None, None) => Step::Permute { dims },
                     (None, None, Some(dims), None) => Step::Transpose { dims },
                     (None, None, None, Some(shape)) => Step::Reshape { shape },
@@ -221,7 +221,6 @@ fn no_action(fields: &[&str]) -> Error {
     )
 }
 
-fn dtype_name(name: &str) -> Result<&'static str> {
-    let dtype = Dtype::from_name(name).map(Dtype::name);
-    dtype.ok_or_else(|| Error::new(ErrorKind::Usage, format!("no dtype {name:?}")))
+fn dtype(name: &str) -> Result<Dtype> {
+    Dtype::from_name(name).ok_or_else(|| Error::new(ErrorKind::Usage, format!("no dtype {name:?}")))
 }

@@ -53,7 +53,7 @@ fn sealed_for(folder: &Path, refit: RefitRule) -> PathBuf {
         ..Signature::default()
     };
     let (torch, device) = ("2.15.0".into(), "cpu".into());
-    let origins = Origins { torch, device, target: None, signature, refit, program: None, tensors };
+    let origins = Origins { torch, device, target: None, signature, refit, program: None, tensors, folded: None };
     let out = folder.join(format!("sealed-{refit:?}.pt2"));
     seal(&fixture("packages/plain.pt2"), &origins, &out).unwrap();
     out

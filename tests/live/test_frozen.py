@@ -1,0 +1,233 @@
+"""Frozen programs: after a refit they are, byte for byte, what a frozen compilation with the new weights would be."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import reweft
+import reweft.torch as rt
+from frozen_models import MODELS, ReadsItself, SmallResNet, seeded_frozen
+from support import assert_same, assert_says, child, save_state, stock, with_manifest, with_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# What the engine cannot make is refused by name, which has a test of its own.
+EXACT = ["resnet", "depthwise", "gpt-tied"]
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """Packages of models that were frozen with the weights of a seed, made once each."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def package(name: str, seed: int) -> Path:
+        if (name, seed) not in made:
+            kind, inputs = MODELS[name]
+            model = rt.trace(seeded_frozen(kind, seed), inputs, freeze=True, options={"compare_code": seed == 0})
+            made[name, seed] = tmp_path_factory.mktemp("frozen") / f"{name}-{seed}.pt2"
+            rt.save(model, made[name, seed])
+        return made[name, seed]
+
+    return package
+
+
+def state(name: str, seed: int, folder: Path) -> Path:
+    """A file of the weights of a seed."""
+    return save_state(seeded_frozen(MODELS[name][0], seed), folder / f"{name}-{seed}.pt")
+
+
+def manifest(package: Path) -> dict[str, Any]:
+    """What the package says of itself."""
+    with zipfile.ZipFile(package) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("reweft_manifest.json"))
+        found: dict[str, Any] = json.loads(archive.read(name))
+    return found
+
+
+def rows(package: Path) -> dict[str, str]:
+    """The hash of the bytes of every row, which the manifest states and `verify` compares."""
+    return {slot["constant"]: slot["hash"] for slot in manifest(package)["slots"]}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_refit_gives_the_bytes_of_a_new_compilation(
+    name: str, frozen: Callable[[str, int], Path], tmp_path: Path
+) -> None:
+    inputs = MODELS[name][1]
+    old, new = frozen(name, 0), frozen(name, 1)
+    there, back = tmp_path / "there.pt2", tmp_path / "back.pt2"
+    reweft.refit(old, state(name, 1, tmp_path), out=there)
+    assert rows(there) == rows(new) != rows(old)
+    wanted = rt.load(new)(*inputs)
+    assert_same(stock(there, *inputs), wanted)
+    assert reweft.verify(there, state(name, 1, tmp_path)).equal
+    reweft.refit(there, state(name, 0, tmp_path), out=back)
+    assert back.read_bytes() == old.read_bytes()
+
+    model = rt.load(old)
+    before = model(*inputs)
+    rt.replace_weights(model, state(name, 1, tmp_path))
+    assert_same(model(*inputs), wanted)
+    rt.save(model, tmp_path / "saved.pt2")
+    assert rows(tmp_path / "saved.pt2") == rows(new)
+    rt.replace_weights(model, seeded_frozen(MODELS[name][0], 0))
+    assert_same(model(*inputs), before)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_special_weights_are_as_good_as_others(value: float, frozen: Callable[[str, int], Path]) -> None:
+    """A compiler that looked at values would treat these in another way."""
+
+    def special() -> nn.Module:
+        module = seeded_frozen(SmallResNet, 0)
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.fill_(value)
+        return module
+
+    inputs = MODELS["resnet"][1]
+    traced = rt.trace(special(), inputs, freeze=True)
+    other = rt.load(frozen("resnet", 1))
+    wanted = traced(*inputs), other(*inputs)
+    rt.replace_weights(traced, seeded_frozen(SmallResNet, 1))
+    rt.replace_weights(other, special())
+    assert_same((other(*inputs), traced(*inputs)), wanted)
+
+
+def test_only_what_depends_on_a_key_is_made(frozen: Callable[[str, int], Path], tmp_path: Path) -> None:
+    weights = seeded_frozen(SmallResNet, 1).state_dict()
+    some = {key: value for key, value in weights.items() if key.startswith("fc.")}
+    torch.save(some, tmp_path / "some.pt")
+    plan = reweft.plan(frozen("resnet", 0), tmp_path / "some.pt", allow_missing=True)
+    assert plan.ok
+    assert len(plan) == 2
+    torch.save({**some, "conv1.weight": weights["conv1.weight"]}, tmp_path / "some.pt")
+    plan = reweft.plan(frozen("resnet", 0), tmp_path / "some.pt", allow_missing=True)
+    assert "bn1.weight" in next(finding.what for finding in plan.findings if finding.blocking)
+
+
+def test_weights_that_do_not_fit_are_refused(frozen: Callable[[str, int], Path]) -> None:
+    model, inputs = rt.load(frozen("resnet", 0)), MODELS["resnet"][1]
+    before = model(*inputs)
+    weights = seeded_frozen(SmallResNet, 1).state_dict()
+    for key, value in [("bn1.weight", torch.ones(17)), ("bn1.bias", torch.zeros(16, dtype=torch.float64))]:
+        with pytest.raises(reweft.MismatchError) as error:
+            rt.replace_weights(model, {**weights, key: value})
+        assert_says(error, key)
+    del weights["bn1.running_var"]
+    with pytest.raises(reweft.MismatchError) as error:
+        rt.replace_weights(model, weights)
+    assert_says(error, "bn1.running_var")
+    assert_same(model(*inputs), before)
+
+
+def test_a_weight_whose_function_the_engine_lacks_is_refused() -> None:
+    x = torch.rand(2, 8)
+    with pytest.raises(reweft.UnsupportedError) as error:
+        rt.trace(ReadsItself().eval(), x, freeze=True)
+    assert_says(error, "steps", "aten::cos")
+    with pytest.warns(UserWarning, match="without freezing"):
+        model = rt.trace(ReadsItself().eval(), x, freeze="auto")
+    other = seeded_frozen(ReadsItself, 1)
+    rt.replace_weights(model, other)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other(x))
+
+
+def test_freezing_by_an_option_is_refused() -> None:
+    with pytest.raises(reweft.UsageError) as error:
+        rt.trace(ReadsItself().eval(), torch.rand(2, 8), options={"freezing": True})
+    assert_says(error, "freeze=True")
+
+
+def test_an_edited_recipe_or_layout_is_an_error(frozen: Callable[[str, int], Path], tmp_path: Path) -> None:
+    package = frozen("resnet", 0)
+
+    def first(of: dict[str, Any], op: str) -> dict[str, Any]:
+        return next(step for slot in of["slots"] for step in slot.get("recipe", []) if step["op"] == op)
+
+    edits: list[Callable[[dict[str, Any]], object]] = [
+        lambda of: first(of, "literal").update(bytes="0000803f"),
+        lambda of: first(of, "leaf").update(key="fc.bias"),
+        lambda of: first(of, "arithmetic").update(function="sub"),
+        lambda of: first(of, "pack").update(nbytes=64),
+        lambda of: first(of, "pack")["strides"].reverse(),
+        lambda of: of["folded"]["originals"][0].update(shape=[1]),
+        lambda of: of.pop("folded"),
+    ]
+    for edit in edits:
+        with pytest.raises(reweft.ReweftError):
+            reweft.plan(with_manifest(package, tmp_path / "edited.pt2", edit), state("resnet", 1, tmp_path))
+
+    def other_layout(source: bytes) -> bytes:
+        return re.sub(rb"(opaque_metadata = \{1L, 0L, 0L, 0L, 4L, 0L, 0L, 0L, )\d+L", rb"\g<1>8L", source)
+
+    edited = with_record(package, tmp_path / "edited.pt2", ".wrapper.cpp", other_layout)
+    with pytest.raises(reweft.ReweftError):
+        reweft.plan(edited, state("resnet", 1, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}]
+)
+def test_other_threads_and_instructions_choose_other_layouts(setting: dict[str, str], tmp_path: Path) -> None:
+    """A package that is made under a setting is refitted here, where oneDNN would choose otherwise."""
+    code = """
+import sys
+import reweft.torch as rt
+from frozen_models import MODELS, seeded_frozen
+kind, inputs = MODELS["resnet"]
+for seed in (0, 1):
+    model = rt.trace(seeded_frozen(kind, seed), inputs, freeze=True, options={"compare_code": False})
+    rt.save(model, f"{sys.argv[1]}/{seed}.pt2")
+"""
+    done = child(code, tmp_path, env=setting, timeout=600)
+    assert done.returncode == 0, done.stderr
+    reweft.refit(tmp_path / "0.pt2", state("resnet", 1, tmp_path), out=tmp_path / "there.pt2")
+    assert rows(tmp_path / "there.pt2") == rows(tmp_path / "1.pt2")
+
+
+def test_a_function_mode_and_a_pass_of_the_user_see_what_they_would() -> None:
+    seen: list[str] = []
+
+    class Theirs(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    kind, inputs = MODELS["resnet"]
+    graphs: list[torch.fx.Graph] = []
+    options = {"post_grad_custom_post_pass": graphs.append, "compare_code": False}
+    with Theirs():
+        model = rt.trace(seeded_frozen(kind, 0), inputs, freeze=True, options=options)
+    assert graphs
+    assert any("aten.mul" in name for name in seen)
+    rt.replace_weights(model, seeded_frozen(kind, 1))
+
+
+def test_what_was_folded_cannot_be_read_back(frozen: Callable[[str, int], Path], tmp_path: Path) -> None:
+    reweft.extract(frozen("resnet", 0), tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt")
+    assert list(back) == list(rt.load(frozen("resnet", 0)).state_dict()) == ["fc.bias"]
+
+
+def test_frozen_by_somebody_else_is_refused_as_before(tmp_path: Path) -> None:
+    kind, inputs = MODELS["resnet"]
+    with torch.no_grad():
+        program = torch.export.export(seeded_frozen(kind, 0), inputs)
+        settings = {"freezing": True, "always_keep_tensor_constants": True, "joint_graph_constant_folding": False}
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "theirs.pt2"), inductor_configs=settings
+        )
+    with pytest.raises(reweft.MismatchError) as error:
+        reweft.refit(tmp_path / "theirs.pt2", state("resnet", 1, tmp_path), out=tmp_path / "out.pt2")
+    assert_says(error, "freezing=True")

@@ -312,17 +312,18 @@ class Bags(nn.Module):
         return out
 
 
-class ReadsItself(nn.Module):
-    """A weight whose value decides about the program."""
+class Masked(nn.Module):
+    """A weight under a large mask that no state_dict has."""
+
+    mask: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(8, 8)
-        self.steps = nn.Parameter(torch.tensor(2.0))
+        self.weight = nn.Parameter(torch.randn(300, 300))
+        self.register_buffer("mask", torch.ones(300, 300).tril(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.fc(x) * torch.cos(self.steps)
-        return out
+        return F.linear(x, self.weight * self.mask)
 
 
 class Spectral(nn.Module):

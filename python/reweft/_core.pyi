@@ -1,6 +1,7 @@
 """Types of the extension module. It converts and registers; the classes to use are in `reweft`."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeAlias, final
 
@@ -21,10 +22,12 @@ __all__ = [
     "convert",
     "diff",
     "host",
+    "lend_replay",
     "load_config",
     "main",
     "plan",
     "refit",
+    "row_hash",
     "seal",
     "slot_names",
     "strip",
@@ -154,9 +157,11 @@ class Model:
         lend: bool,
         lend_written: bool,
         keep_written: bool,
+        rows: bool = False,
     ) -> str: ...
     def weights_version(self) -> str: ...
-    def state(self) -> Checkpoint: ...
+    def state(self, *, rows: bool = False) -> Checkpoint: ...
+    def has_rows_of(self, other: Model) -> bool: ...
     def save(self, out: _StrPath, *, inline_weights: bool, chunks: bool) -> str: ...
     def batching(self) -> str: ...
     def refit_rule(self) -> str: ...
@@ -178,6 +183,11 @@ class Watch:
     def changed(self) -> bool: ...
 
 def diff(a: Checkpoint | _StrPath, b: Checkpoint | _StrPath, *, only: list[str], values: bool) -> str: ...
+def lend_replay(
+    apply: Callable[[str, str, int, list[tuple[str, list[int], bytes]]], tuple[str, list[int], bytes]],
+    torch: str,
+    capability: str,
+) -> None: ...
 def load_config(path: _StrPath, *, top_level_key: str | None, limits: dict[str, int]) -> Any: ...
 def plan(
     artifact: _StrPath,

@@ -16,6 +16,7 @@ from reweft.torch.live import LiveModule, WeightsState, compile, load_compiled  
 from reweft.torch.loading import IncompatibleKeys, load_into
 from reweft.torch.programs import ProgramCache
 from reweft.torch.refitting import refit_module_weights
+from reweft.torch.replay import lend
 from reweft.torch.tensors import checkpoint_of, tensor
 from reweft.torch.tracing import trace
 
@@ -42,3 +43,6 @@ __all__ = [
     "tensor",
     "trace",
 ]
+
+lend()
+del lend

@@ -353,7 +353,9 @@ def replace_weights(
     slots = model.slots()
     if not slots:
         warnings.warn("the model has no weights that could be replaced", stacklevel=2)
-    source = _source(slots, weights, top_level_key)
+    # A frozen model cannot give all its weights back, but it can give what was made of them.
+    rows = isinstance(weights, CompiledModule) and keys is None and model._core.has_rows_of(weights._core)  # noqa: SLF001
+    source = _source(slots, weights, top_level_key, rows=rows)
     report = model._core.refit(  # noqa: SLF001  (one package)
         _rekeyed(source.checkpoint, keys)._core,  # noqa: SLF001
         cast=allow_cast,
@@ -362,6 +364,7 @@ def replace_weights(
         lend=not copy,
         lend_written=False,
         keep_written=state == "keep",
+        rows=rows,
     )
     return report_of(report) if copy or not source.resolved else _with_resolved(report_of(report), source)
 
@@ -386,11 +389,11 @@ def _with_resolved(report: ReplaceReport, source: Source) -> ReplaceReport:
     return replace(report, bytes_copied=nbytes, notices=(*report.notices, notice))
 
 
-def _source(slots: list[tuple[str, ...]], weights: Weights, top_level_key: str | None) -> Source:
+def _source(slots: list[tuple[str, ...]], weights: Weights, top_level_key: str | None, *, rows: bool = False) -> Source:
     if isinstance(weights, CompiledModule):
         if top_level_key is not None:
             raise UsageError("top_level_key is for checkpoint files")
-        return Source(Checkpoint(weights._core.state()))  # noqa: SLF001  (one package)
+        return Source(Checkpoint(weights._core.state(rows=rows)))  # noqa: SLF001  (one package)
     return source_of(slots, weights, top_level_key)
 
 

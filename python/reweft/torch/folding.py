@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from reweft.errors import UnsupportedError
-from reweft.torch.lowering import Foreign, Node, key_of, lower
+from reweft.torch.lowering import Lost, Node, key_of, lower
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +42,13 @@ class Refused(UnsupportedError):  # noqa: N818  (callers see the class above it)
     """A frozen program that could not be refitted exactly."""
 
 
+@dataclass(frozen=True)
+class _Unknown:
+    """Stands for a tensor of which nothing is known."""
+
+    why: str
+
+
 @dataclass
 class _Seen:
     """A tensor that was made of weights, and how, as far as that was seen."""
@@ -50,6 +57,8 @@ class _Seen:
     """Held, so that nobody else gets its identity."""
     weights: frozenset[str]
     node: Node | None
+    why: str
+    """Why there is no node."""
 
 
 @dataclass
@@ -124,10 +133,10 @@ class Recorder(TorchFunctionMode):
         of = ", ".join(sorted(weights)) or "tensors that no state_dict has"
         what = f"{name!r}, which the compiler made of {of}, cannot be made again"
         if node is None:
-            raise Refused(f"{what}: {'nothing was seen that makes it' if weights else 'it is large'}")
+            raise Refused(f"{what}: {self._why(value)}")
         try:
             return lower(node)
-        except Foreign as error:
+        except Lost as error:
             raise Refused(f"{what}: {error}") from error
 
     def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -149,30 +158,24 @@ class Recorder(TorchFunctionMode):
         if not all(map(_is_real, made)):
             # Traced and not computed: a weight met stand-ins for tensors.
             return
-        node = self._operation(key, args, kwargs, out) if key else None
+        node, why = self._operation(key, args, kwargs, out) if key else (None, f"{name} is no operator")
         for number, value in enumerate(made):
             if place_of(value) in self._leaves:
                 continue
             one = node
             if node is not None and not isinstance(out, torch.Tensor):
                 one = Node("getitem", (node, number), {}, value)
-            self._seen[id(value)] = _Seen(value, weights, one)
+            self._seen[id(value)] = _Seen(value, weights, one, why)
 
-    def _operation(self, key: str, args: Any, kwargs: Any, out: Any) -> Node | None:
-        """The operation over what is known of its tensors; None if something is not."""
+    def _operation(self, key: str, args: Any, kwargs: Any, out: Any) -> tuple[Node | None, str]:
+        """The operation over what is known of its tensors; None and the reason if something is not."""
 
         def known(value: object) -> object:
-            if not isinstance(value, torch.Tensor):
-                return value
-            if node := self._node(value):
-                return node
-            raise KeyError
+            return self._node(value) or _Unknown(self._why(value)) if isinstance(value, torch.Tensor) else value
 
-        try:
-            args, kwargs = pytree.tree_map(known, (args, kwargs))
-        except KeyError:
-            return None
-        return Node(key, tuple(args), kwargs, out)
+        args, kwargs = pytree.tree_map(known, (args, kwargs))
+        unknown = next((leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, _Unknown)), None)
+        return (Node(key, tuple(args), kwargs, out), "") if unknown is None else (None, unknown.why)
 
     def _node(self, value: torch.Tensor) -> Node | None:
         """How a tensor is made: it is a weight, or was seen, or is a small constant."""
@@ -185,6 +188,14 @@ class Recorder(TorchFunctionMode):
         if value.layout is torch.strided and value.nbytes <= _LITERAL_NBYTES:
             return Node("literal", (value.detach().clone(),), {}, value)
         return None
+
+    def _why(self, value: torch.Tensor) -> str:
+        """Why a tensor has no node."""
+        if seen := self._seen.get(id(value)):
+            return seen.why
+        if value.layout is torch.strided and value.nbytes > _LITERAL_NBYTES:
+            return f"it takes a tensor {list(value.shape)} that no state_dict has, and is large"
+        return "nothing was seen that makes it"
 
     def _weights(self, value: torch.Tensor) -> frozenset[str]:
         """The weights that a tensor was made of."""

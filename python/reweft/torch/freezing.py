@@ -20,6 +20,7 @@ from torch._inductor import codecache
 from reweft import _core
 from reweft.errors import ReweftError
 from reweft.torch.folding import Recorder, Refused, place_of
+from reweft.torch.replay import capability
 from reweft.torch.tensors import checkpoint_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Frozen:
         named = {step["key"]: None for steps in recipes.values() for step in steps if step["op"] == "leaf"}
         every = self._all(self.program)
         return {
-            "capability": torch.backends.cpu.get_cpu_capability(),
+            "capability": capability(),
             "compared": self.compare,
             "recipes": recipes,
             "originals": {name: every[name] for name in named},
@@ -81,14 +82,30 @@ class Frozen:
             "rows": recorder.rows.keys() - recipes.keys(),
         }
 
-    def check(self, package: Path) -> None:
-        """Hold the recipes against the package: the engine makes every row, from both kinds of weights.
+    def seal(self, fresh: Path, stated: str, package: Path) -> None:
+        """Put the manifest in, and hold the recipes against the package: every row is made, from both kinds of weights.
 
         Raises:
-            Refused: A row comes out with other bytes.
+            Refused: They do not fit the package, or a row comes out with other bytes.
         """
-        if self.persistent and (wrong := self._differences(package)):
+        try:
+            _core.seal(fresh, stated, package)
+        except ReweftError as error:
+            # The package is the compiler's own, so it is the recipes that do not fit it.
+            raise Refused(f"what was recorded does not make the package's rows: {error}") from error
+        if not self.persistent:
+            return
+        if wrong := self._differences(package):
             raise Refused("the engine makes other bytes than the compiler did: " + "; ".join(wrong))
+        threads = torch.get_num_threads()
+        if threads > 1 and any(step["op"] == "torch" for steps in self._recipes.values() for step in steps):
+            torch.set_num_threads(1)
+            try:
+                wrong = self._differences(package)
+            finally:
+                torch.set_num_threads(threads)
+            if wrong:
+                raise Refused("its bytes depend on the number of threads: " + "; ".join(wrong))
 
     def _differences(self, package: Path) -> list[str]:
         try:

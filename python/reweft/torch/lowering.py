@@ -1,7 +1,7 @@
 """From torch's operations to the steps of a recipe: one table.
 
-Only what IEEE 754 defines to the last bit, and what moves elements without changing them, has steps. Everything else is
-foreign: the engine does not compute it, since it would give other bytes than torch does.
+Only what IEEE 754 defines to the last bit, and what moves elements without changing them, has steps of the engine's. In
+everything else it would give other bytes than torch does, so such an operation becomes a step that torch carries out.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from reweft.torch.replay import arguments_of, is_pure
 from reweft.torch.tensors import dtype_name, raw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MAX_STEPS", "Foreign", "Node", "key_of", "lower"]
+__all__ = ["MAX_STEPS", "Lost", "Node", "key_of", "lower"]
 
 MAX_STEPS = 1000
 """Steps of one recipe, as the engine limits them."""
@@ -27,8 +28,12 @@ _RANGES = 64
 Steps: TypeAlias = list[dict[str, Any]]
 
 
-class Foreign(Exception):  # noqa: N818  (it is an answer)
-    """There are no steps for it."""
+class Lost(Exception):  # noqa: N818  (it is an answer)
+    """There is no recipe for it."""
+
+
+class _Foreign(Exception):  # noqa: N818  (it is an answer)
+    """The engine has no steps for one operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +72,37 @@ def lower(node: Node) -> Steps:
     """The steps that make a tensor.
 
     Raises:
-        Foreign: An operation has none.
+        Lost: There are none.
     """
     rule = _RULES.get(node.op)
-    if rule is None:
-        raise Foreign(f"the engine has no {node.op.removesuffix('.default')}")
-    steps = rule(node, *node.args, **node.kwargs)
+    try:
+        steps = _torch(node) if rule is None else rule(node, *node.args, **node.kwargs)
+    except _Foreign:
+        steps = _torch(node)
     if len(steps) > MAX_STEPS:
-        raise Foreign(f"it takes more than {MAX_STEPS} steps")
+        raise Lost(f"it takes more than {MAX_STEPS} steps")
     return steps
+
+
+def _torch(node: Node) -> Steps:
+    """The step that torch carries out.
+
+    Raises:
+        Lost: It would do more than compute, or cannot be written down.
+    """
+    number, of = (node.args[1], node.args[0]) if node.op == "getitem" else (0, node)
+    name = of.op.removesuffix(".default")
+    if not is_pure(of.op):
+        raise Lost(f"it is made with {name}, which is no operator of torch's that only computes")
+    try:
+        text, nodes = arguments_of(of.args, of.kwargs, lambda value: isinstance(value, Node))
+    except TypeError as error:
+        raise Lost(f"it is made with {name}, and {error}") from error
+    if node.out.layout is not torch.strided:
+        raise Lost(f"{name} gives a tensor that is not strided")
+    steps = [step for operand in nodes for step in lower(operand)]
+    made = {"dtype": dtype_name(node.dtype), "shape": node.shape, "result": number}
+    return [*steps, {"op": "torch", "operator": of.op, "arguments": text, "count": len(nodes), **made}]
 
 
 def _leaf(_node: Node, name: str) -> Steps:
@@ -86,10 +113,10 @@ def _literal(_node: Node, value: torch.Tensor) -> Steps:
     """A constant.
 
     Raises:
-        Foreign: Its bytes are not its values.
+        Lost: Its bytes are not its values.
     """
     if value.is_conj() or value.is_neg():
-        raise Foreign("a lazily conjugated constant is part of it")
+        raise Lost("a lazily conjugated constant is part of it")
     return [_constant(value)]
 
 
@@ -101,12 +128,12 @@ def _cast(steps: Steps, before: torch.dtype, after: torch.dtype) -> Steps:
     """The elements in another dtype.
 
     Raises:
-        Foreign: One of the two is no float.
+        _Foreign: One of the two is no float.
     """
     if before == after:
         return steps
     if not (before.is_floating_point and after.is_floating_point):
-        raise Foreign(f"the engine has no cast from {dtype_name(before)} to {dtype_name(after)}")
+        raise _Foreign(f"the engine has no cast from {dtype_name(before)} to {dtype_name(after)}")
     return [*steps, {"op": "cast", "from": dtype_name(before), "to": dtype_name(after)}]
 
 
@@ -114,25 +141,25 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     """What torch computes in.
 
     Raises:
-        Foreign: It is no float.
+        _Foreign: It is no float.
     """
     if dtype in {torch.float32, torch.bfloat16, torch.float16}:
         return torch.float32
     if dtype == torch.float64:
         return dtype
-    raise Foreign(f"the engine does not compute in {dtype_name(dtype)}")
+    raise _Foreign(f"the engine does not compute in {dtype_name(dtype)}")
 
 
 def _operand(value: Node | float, dtype: torch.dtype) -> Steps:
     """A tensor or a number, in the dtype that is computed in.
 
     Raises:
-        Foreign: It is something else.
+        _Foreign: It is something else.
     """
     if isinstance(value, Node):
         return _cast(lower(value), value.dtype, dtype)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Foreign(f"an operand is a {type(value).__name__}")
+        raise _Foreign(f"an operand is a {type(value).__name__}")
     return [_constant(torch.tensor(value, dtype=dtype))]
 
 
@@ -146,18 +173,43 @@ def _function(name: str, *operands: Node | float, of: Node) -> Steps:
 def _binary(name: str) -> Rule:
     def rule(node: Node, left: Node | float, right: Node | float, *, alpha: float = 1) -> Steps:
         if alpha != 1:
-            raise Foreign(f"{node.op} scales its second operand, which rounds otherwise")
+            raise _Foreign(f"{node.op} scales its second operand, which rounds otherwise")
+        if _wide(node.dtype) != node.dtype and not _rounds_once(name, node, left, right):
+            raise _Foreign(f"{node.op} narrows an operand before it computes")
         return _function(name, left, right, of=node)
 
     return rule
 
 
+def _rounds_once(name: str, node: Node, left: Node | float, right: Node | float) -> bool:
+    """Whether torch computes narrow floats in float32 and rounds the result alone.
+
+    It narrows a number, or a tensor without dimensions, that is added or that is the first operand.
+    """
+    whole = [isinstance(of, Node) and of.dtype == node.dtype for of in (left, right)]
+    return all(whole) or (whole[0] and name in {"mul", "div"} and not (isinstance(right, Node) and right.shape))
+
+
 def _sqrt(node: Node, of: Node) -> Steps:
+    """A square root.
+
+    Raises:
+        _Foreign: It is MKL's, which does not round to nearest on every processor.
+    """
+    if _wide(node.dtype) == node.dtype:
+        raise _Foreign("a square root of wide floats")
     return _function("sqrt", of, of=node)
 
 
 def _rsqrt(node: Node, of: Node) -> Steps:
+    """One over a square root.
+
+    Raises:
+        _Foreign: The square root is narrowed where elements fill no vector.
+    """
     wide = _wide(node.dtype)
+    if wide != node.dtype:
+        raise _Foreign("a reciprocal square root of narrow floats")
     steps = [*_operand(1.0, wide), *_operand(of, wide), {"op": "arithmetic", "function": "sqrt"}]
     return _cast([*steps, {"op": "arithmetic", "function": "div"}], wide, node.dtype)
 
@@ -172,7 +224,7 @@ def _negative(node: Node, of: Node) -> Steps:
 
 def _power(node: Node, of: Node, exponent: float) -> Steps:
     if exponent != 2:  # noqa: PLR2004  (the one that torch squares for)
-        raise Foreign(f"the engine has no power of {exponent}")
+        raise _Foreign(f"the engine has no power of {exponent}")
     return _function("mul", of, of, of=node)
 
 
@@ -249,11 +301,11 @@ def _slice(
     """A range along a dimension.
 
     Raises:
-        Foreign: It leaves some out.
+        _Foreign: It leaves some out.
     """
     first, _last, every = slice(*[*ends, *(start, end, step)[len(ends) :]]).indices(of.shape[dim])
     if every != 1:
-        raise Foreign("the engine has no slices with steps")
+        raise _Foreign("the engine has no slices with steps")
     length = node.shape[dim]
     return lower(of) if length == of.shape[dim] else _narrow(of, dim, first, length)
 
@@ -273,10 +325,10 @@ def _embedding(node: Node, of: Node, indices: Node, *_more: Any, **_rest: Any) -
     """Rows by number, if the numbers are no weights: the ranges that they come in.
 
     Raises:
-        Foreign: They are, or come in too many.
+        _Foreign: They are, or come in too many.
     """
     if any(step["op"] == "leaf" for step in lower(indices)):
-        raise Foreign("rows are taken by numbers that are weights")
+        raise _Foreign("rows are taken by numbers that are weights")
     ranges: list[list[int]] = []
     for index in indices.out.reshape(-1).tolist():
         if ranges and sum(ranges[-1]) == index:
@@ -284,7 +336,7 @@ def _embedding(node: Node, of: Node, indices: Node, *_more: Any, **_rest: Any) -
         else:
             ranges.append([index, 1])
     if not 0 < len(ranges) <= _RANGES:
-        raise Foreign(f"rows are taken in {len(ranges)} ranges")
+        raise _Foreign(f"rows are taken in {len(ranges)} ranges")
     steps = [step for start, length in ranges for step in _narrow(of, 0, start, length)]
     if len(ranges) > 1:
         steps.append({"op": "concat", "dim": 0, "count": len(ranges)})
@@ -295,11 +347,11 @@ def _item(node: Node, of: Node, number: int) -> Steps:
     """One of several results.
 
     Raises:
-        Foreign: The operator has no steps.
+        _Foreign: The operator has no steps.
     """
     rule = _PARTS.get(of.op)
     if rule is None:
-        raise Foreign(f"the engine has no {of.op.removesuffix('.default')}")
+        raise _Foreign(f"the engine has no {of.op.removesuffix('.default')}")
     return rule(node, number, of, *of.args, **of.kwargs)
 
 
@@ -316,10 +368,10 @@ def _packed_part(node: Node, number: int, _several: Node, *of: Any, **_more: Any
     """One of the two weights of a recurrent layer, which are packed together.
 
     Raises:
-        Foreign: It is not made of one tensor.
+        _Foreign: It is not made of one tensor.
     """
     if not isinstance(of[number], Node) or len(of[number].shape) != 2:  # noqa: PLR2004
-        raise Foreign("a packed result has no tensor of its own")
+        raise _Foreign("a packed result has no tensor of its own")
     # oneDNN takes the weights of a recurrent layer by their input first.
     return _cast(_permuted(lower(of[number]), [1, 0]), of[number].dtype, node.dtype)
 

@@ -18,7 +18,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from reweft import _core
-from reweft.errors import MismatchError, ReweftError, UnsupportedError, UsageError
+from reweft.errors import MismatchError, UnsupportedError, UsageError
 from reweft.torch.compiled import CompiledModule, load
 from reweft.torch.facts import attribute_changes
 from reweft.torch.folding import Refused
@@ -109,8 +109,9 @@ def trace(
             options contradict each other.
         MismatchError: `strict`, and a weight could not be kept as a slot.
         UnsupportedError: An argument is of a kind that a program cannot be held to, the program needs operators that
-            the runtime cannot call, or torch cannot say what it writes to. With `freeze`: a weight's value went into
-            the code, or a row was made in a way that the engine cannot follow.
+            the runtime cannot call, or torch cannot say what it writes to.
+        Refused: An UnsupportedError, with `freeze=True`: a weight's value went into the code, or a row was made in a
+            way that cannot be followed exactly.
 
     Example:
         >>> model = trace(net.eval(), (torch.zeros(1, 3, 8, 8),))  # doctest: +SKIP
@@ -130,12 +131,14 @@ def trace(
         names = {origin.names[0]: origin.persistent for origin in stated.tensors}
         frozen = Frozen(program, names, compare=compare) if freeze else None
         try:
-            sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir, frozen)
+            sealed = compiled_package(
+                program, stated, settings, Path(folder), compiler_workdir=compiler_workdir, frozen=frozen
+            )
         except Refused as refused:
             if freeze != "auto":
                 raise
             warnings.warn(f"compiled without freezing: {refused}", stacklevel=2)
-            sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir)
+            sealed = compiled_package(program, stated, settings, Path(folder), compiler_workdir=compiler_workdir)
         # The loader maps the package, which keeps the bytes when the folder goes.
         model = load(sealed)
     nameless = [names[0] for names in model.slots() if names[0].startswith(LITERAL)]
@@ -173,6 +176,7 @@ def compiled_package(
     stated: Origins,
     settings: Mapping[str, Any],
     folder: Path,
+    *,
     compiler_workdir: str | os.PathLike[str] | None = None,
     frozen: Frozen | None = None,
 ) -> Path:
@@ -189,23 +193,15 @@ def compiled_package(
     if any(origin.used for origin in stated.tensors):
         # Without any weight torch makes a package with an empty record, which it cannot load itself.
         settings = {**settings, **_WEIGHTS_BESIDE_LIBRARY}
-    folded = None
     if frozen is None:
         _compile(program, fresh, settings)
+        _core.seal(fresh, stated.to_json(), sealed)
     else:
         settings = {**settings, "freezing": True}
         folded = frozen.compile(lambda settings: _compile(program, fresh, settings), settings)
+        frozen.seal(fresh, stated.to_json(folded), sealed)
     if compiler_workdir is not None:
         _keep_sources(Path(compiler_workdir), fresh, program, settings)
-    try:
-        _core.seal(fresh, stated.to_json(folded), sealed)
-    except ReweftError as error:
-        if folded is None:
-            raise
-        # The package is the compiler's own, so it is the recipes that do not fit it.
-        raise Refused(f"what was recorded does not make the package's rows: {error}") from error
-    if frozen is not None:
-        frozen.check(sealed)
     return sealed
 
 

@@ -1,6 +1,6 @@
 //! `inspect`: what is in a file.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 
 use reweft::artifact::manifest::{Manifest, RefitRule};
@@ -9,7 +9,7 @@ use reweft::checkpoint::Value;
 use reweft::keymap::Mapped;
 use reweft::source::{self, Access};
 use reweft::tensor::Layout;
-use reweft::{Artifact, Checkpoint, Error, ErrorKind, Limits, Recipe};
+use reweft::{Artifact, Checkpoint, Limits, Recipe};
 use serde::Serialize;
 
 use crate::args::{Explain, Inspect};
@@ -301,17 +301,7 @@ fn show_folded(artifact: &Artifact, out: &mut dyn Write) -> anyhow::Result<()> {
 /// Where slots come from.
 pub fn explain(command: &Explain, out: &mut dyn Write) -> anyhow::Result<bool> {
     let artifact = Artifact::open(&command.artifact, Access::Read, &Limits::default())?;
-    let is_named = |slot: &&Slot| slot.names().any(|name| name == command.slot);
-    let is_of = |slot: &&Slot| {
-        let original = artifact.originals().iter().find(is_named);
-        let keys = slot.recipe.iter().flat_map(Recipe::keys);
-        original.is_some_and(|original| keys.into_iter().any(|key| key == original.name))
-    };
-    let found: Vec<&Slot> = artifact.slots().iter().filter(|slot| is_named(slot) || is_of(slot)).collect();
-    if found.is_empty() {
-        let what = "no slot has this name, and none is made of such a tensor";
-        return Err(Error::new(ErrorKind::NotFound, what).of_key(&command.slot).in_file(&command.artifact).into());
-    }
+    let found = artifact.explain(&command.slot)?;
     if command.json {
         let views: Vec<SlotView<'_>> = found.iter().map(|slot| SlotView::new(&artifact, slot)).collect();
         output::json(out, &views)?;
@@ -341,8 +331,8 @@ fn remarks(artifact: &Artifact, slot: &Slot) -> String {
         remarks.push("stripped".to_owned());
     }
     remarks.extend(slot.recipe.as_ref().map(|recipe| {
-        let mut keys: Vec<&str> = recipe.keys().collect();
-        keys.dedup();
+        let mut seen = HashSet::new();
+        let keys: Vec<&str> = recipe.keys().filter(|key| seen.insert(*key)).collect();
         format!("{}: {}", recipe.kind(), keys.join(", "))
     }));
     remarks.extend(slot.obstacle().map(|why| format!("cannot be refitted: {why}")));

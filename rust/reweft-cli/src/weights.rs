@@ -33,11 +33,6 @@ pub fn extract(command: &Extract, out: &mut dyn Write) -> Outcome {
         let (name, why) = (&slot.name, slot.obstacle().unwrap_or_default());
         output::notices([&format!("{name} is no weight as a module has it: {why}")]);
     }
-    if !artifact.originals().is_empty() {
-        let names: Vec<&str> = artifact.originals().iter().flat_map(reweft::artifact::Slot::names).collect();
-        let list = shorten(&names.join(", "));
-        output::notices([&format!("the compiler folded them into slots, so they cannot be read back: {list}")]);
-    }
     let (weights, keys) = (artifact.weights()?, target.keys.key_map()?);
     let weights = if keys.is_identity() { weights } else { weights.rekey(&keys)? };
     write_checkpoint(weights, target, out)

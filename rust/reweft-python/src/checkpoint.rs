@@ -15,6 +15,7 @@ use crate::buffer::{Borrowed, Buffer};
 use crate::config::to_python;
 use crate::error::{Error, Result};
 use crate::handles;
+use crate::replay::torch;
 
 /// A selection and ordered rules; see `reweft.KeyMap`.
 #[pyclass(frozen, module = "reweft._core")]
@@ -93,6 +94,13 @@ impl From<&reweft::TensorInfo> for TensorInfo {
 #[pyclass(frozen, module = "reweft._core")]
 pub struct Checkpoint(pub Arc<reweft::Checkpoint>);
 
+impl Checkpoint {
+    /// A checkpoint whose recipes may need torch.
+    fn new(checkpoint: reweft::Checkpoint) -> Self {
+        Self(Arc::new(checkpoint.with_replay(torch())))
+    }
+}
+
 #[pymethods]
 impl Checkpoint {
     /// Opens a file.
@@ -133,7 +141,7 @@ impl Checkpoint {
     #[staticmethod]
     fn of_artifact(py: Python<'_>, path: PathBuf) -> Result<Self> {
         let weights = py.detach(|| reweft::Artifact::open(&path, Access::Read, &Limits::default())?.weights());
-        Ok(Self(Arc::new(weights?)))
+        Ok(Self::new(weights?))
     }
 
     /// Makes a checkpoint of torch tensors that are plain and on the CPU; they are borrowed, not copied.
@@ -147,7 +155,7 @@ impl Checkpoint {
     ) -> PyResult<Self> {
         let made = handles::checkpoint(&name, keys, tensors)?;
         let made = if let Some(pairs) = metadata { made.with_metadata(pairs.into_iter().collect()) } else { made };
-        Ok(Self(Arc::new(made)))
+        Ok(Self::new(made))
     }
 
     /// Reads the tensors of keys into tensors that are plain, dense, on the CPU and apart from one another.
@@ -293,5 +301,5 @@ fn options(access: Access, top_level_key: Option<String>, keys: Option<&KeyMap>)
 
 fn rekeyed(checkpoint: reweft::Checkpoint, keys: Option<&KeyMap>) -> Result<Checkpoint> {
     let checkpoint = if let Some(keys) = keys { checkpoint.rekey(&keys.0)? } else { checkpoint };
-    Ok(Checkpoint(Arc::new(checkpoint)))
+    Ok(Checkpoint::new(checkpoint))
 }

@@ -12,6 +12,7 @@ mod handles;
 mod limits;
 mod model;
 mod operators;
+mod replay;
 mod watch;
 mod weights;
 
@@ -29,6 +30,8 @@ mod _core {
     use crate::diff::diff;
     #[pymodule_export]
     use crate::model::{Model, cache_folder, check_private, host, slot_names};
+    #[pymodule_export]
+    use crate::replay::lend_replay;
     #[pymodule_export]
     use crate::watch::Watch;
     #[pymodule_export]

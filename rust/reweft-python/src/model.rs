@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 use reweft::artifact::manifest::{Batching, Manifest, RefitRule};
-use reweft::plan::Allow;
+use reweft::plan::{Allow, Given};
 use reweft::source::Access;
 use reweft::{Artifact, Limits};
-use reweft_runtime::{Interrupted, ModelOptions, OpenOperators, RefitOptions};
+use reweft_runtime::{Interrupted, Lending, ModelOptions, OpenOperators, RefitOptions};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -126,7 +126,7 @@ impl Model {
     }
 
     /// Replaces the weights; gives the report as JSON.
-    #[pyo3(signature = (checkpoint, *, cast, missing, unused, lend, lend_written, keep_written))]
+    #[pyo3(signature = (checkpoint, *, cast, missing, unused, lend, lend_written, keep_written, rows=false))]
     #[expect(
         clippy::too_many_arguments,
         clippy::fn_params_excessive_bools,
@@ -142,9 +142,16 @@ impl Model {
         lend: bool,
         lend_written: bool,
         keep_written: bool,
+        rows: bool,
     ) -> Result<String> {
         let allow = Allow { cast, missing, unused };
-        let options = RefitOptions { allow, lend, lend_written, keep_written };
+        let lending = match (lend, lend_written) {
+            (false, _) => Lending::Nothing,
+            (true, false) => Lending::Read,
+            (true, true) => Lending::All,
+        };
+        let given = if rows { Given::Rows } else { Given::Weights };
+        let options = RefitOptions { allow, lending, keep_written, given };
         py.detach(|| to_json(&self.0.refit(&checkpoint.0, options)?))
     }
 
@@ -159,9 +166,16 @@ impl Model {
         self.0.artifact().is_stripped()
     }
 
-    /// The weights in use.
-    fn state(&self, py: Python<'_>) -> Result<Checkpoint> {
-        Ok(Checkpoint(std::sync::Arc::new(py.detach(|| self.0.state())?)))
+    /// Whether the slots of another model are made in the same way.
+    fn has_rows_of(&self, other: &Self) -> bool {
+        self.0.has_rows_of(&other.0)
+    }
+
+    /// The weights in use: those of the module that can be read back, or the bytes of all slots.
+    #[pyo3(signature = (*, rows=false))]
+    fn state(&self, py: Python<'_>, rows: bool) -> Result<Checkpoint> {
+        let read = || if rows { self.0.state() } else { self.0.weights() };
+        Ok(Checkpoint(std::sync::Arc::new(py.detach(read)?)))
     }
 
     /// Writes the package with the weights in use, or stripped of them; gives the report as JSON.

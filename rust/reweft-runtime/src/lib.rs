@@ -68,5 +68,6 @@ pub use library::Library;
 pub use model::{LiveReport, Model, ModelOptions, RefitOptions};
 pub use permits::Interrupted;
 pub use proxy::{OpenOperators, Operators};
+pub use slots::Lending;
 pub use tensor::{Placement, Tensor, contiguous_strides};
 pub use torch::{RawTensor, Torch};

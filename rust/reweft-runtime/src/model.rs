@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use reweft::artifact::manifest::{Batching, Expected, Input, Manifest, Signature, Size};
 use reweft::artifact::{Slot, weights_version};
 use reweft::parallel::{self, Progressed};
-use reweft::plan::{Allow, Finding, Plan, Running, plan_running};
+use reweft::plan::{Allow, Finding, Given, Plan, Running, plan_running};
 use reweft::source::Access;
 use reweft::write::{self, RefitReport};
 use reweft::{Artifact, Checkpoint, Dtype, Error, ErrorKind, Limits, Result};
@@ -75,27 +75,18 @@ impl Default for ModelOptions {
 pub struct RefitOptions {
     /// What may differ.
     pub allow: Allow,
-    /// Use tensors in memory where they are, if dtype, layout and alignment are the slot's and the program does not write
-    /// to it; the others are copied, and a notice names them.
+    /// Which tensors in memory are used where they are, if dtype, layout and alignment are the slot's; the others are
+    /// copied, and a notice names them.
     ///
     /// Whoever lends keeps the memory in its place until the model has other weights. What he writes there, calls see at
     /// once, also in the middle of a call. It stays allocated as long as the checkpoint's sources keep it so; the model
     /// holds those.
-    pub lend: bool,
-    /// Lend tensors to slots that the program writes to as well, so that it writes into the caller's memory.
-    pub lend_written: bool,
+    pub lending: Lending,
     /// Leave slots that the program writes to as they are, whatever the checkpoint has for them.
     pub keep_written: bool,
-}
-
-impl RefitOptions {
-    fn lending(self) -> Lending {
-        match (self.lend, self.lend_written) {
-            (false, _) => Lending::Nothing,
-            (true, false) => Lending::Read,
-            (true, true) => Lending::All,
-        }
-    }
+    /// What the checkpoint has: rows are what [`Model::state`] gives for a model whose slots are
+    /// [made in the same way](Model::has_rows_of).
+    pub given: Given,
 }
 
 impl From<Allow> for RefitOptions {
@@ -466,17 +457,32 @@ impl Model {
         let _here = self.serving.note();
         let mut live = self.live();
         let (filled, keep_written) = (self.check_filled(&live).is_ok(), options.keep_written);
-        let running = Running { filled, keep_written, saving: false };
+        let running = Running { filled, keep_written, given: options.given };
         let planned = plan_running(&self.artifact, checkpoint, options.allow, running)?;
         planned.check()?;
         let mut next = live.clone();
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let filled = fill(&self.artifact, checkpoint, &planned, options.lending(), &mut spare, &mut next)?;
+        let filled = fill(&self.artifact, checkpoint, &planned, options.lending, &mut spare, &mut next)?;
         let old = self.bind(next, &mut live)?;
         if self.standby {
             *spare = Spare::of(old);
         }
         Ok(report(&planned, checkpoint, filled))
+    }
+
+    /// Whether the slots of another model are the same, made of tensors in the same way, so that it can take their bytes.
+    pub fn has_rows_of(&self, other: &Self) -> bool {
+        let digest = |model: &Self| Some(model.artifact.manifest()?.folded()?.digest.clone());
+        digest(self).is_some() && digest(self) == digest(other)
+    }
+
+    /// The weights in use, as a checkpoint under the names that the module has for them, as far as they can be read back
+    /// ([`Artifact::read_back`]). Costs as [`state`](Self::state).
+    ///
+    /// # Errors
+    /// As [`state`](Self::state).
+    pub fn weights(&self) -> Result<Checkpoint> {
+        self.artifact.read_back(&self.state()?)
     }
 
     /// The weights in use, as a checkpoint under the slots' names. Shares the bytes of the weights and copies the
@@ -527,7 +533,7 @@ impl Model {
     /// As [`state`](Self::state), [`write::refit`] and [`write::strip`]; `out` is then as it was.
     pub fn save(&self, out: &Path, inline_weights: bool, batching: Batching) -> Result<RefitReport> {
         let state = self.state()?;
-        let saving = Running { saving: true, ..Running::default() };
+        let saving = Running { given: Given::Saved, ..Running::default() };
         let mut planned = plan_running(&self.artifact, &state, Allow::default(), saving)?;
         planned.batching = Some(batching);
         let refit = |out: &Path| write::refit(&planned, &self.artifact, &state, out, &mut |_, _| ());
@@ -748,7 +754,7 @@ fn first_weights(artifact: &Artifact, options: &ModelOptions) -> Result<(Vec<Hel
     let planned = plan_running(artifact, checkpoint, allow, Running { keep_written, ..Running::default() })?;
     planned.check()?;
     let mut live = packaged(artifact, Some(&planned)).map_err(|error| error.in_file(artifact.path()))?;
-    let filled = fill(artifact, checkpoint, &planned, options.refit.lending(), &mut Spare::default(), &mut live)?;
+    let filled = fill(artifact, checkpoint, &planned, options.refit.lending, &mut Spare::default(), &mut live)?;
     Ok((live, Some(report(&planned, checkpoint, filled))))
 }
 

@@ -233,9 +233,10 @@ impl Spare {
 }
 
 /// Which slots take memory that somebody may write to as if nobody did.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lending {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lending {
     /// None: what may change is copied.
+    #[default]
     Nothing,
     /// Those that the program only reads.
     Read,

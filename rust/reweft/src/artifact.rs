@@ -30,6 +30,7 @@ use crate::checkpoint::Checkpoint;
 use crate::container::zip::Archive;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
+use crate::keymap::suggest;
 use crate::limits::Limits;
 use crate::recipe::Recipe;
 use crate::source::{self, Access, Source, Window};
@@ -356,6 +357,26 @@ impl Artifact {
         self.slots.iter().filter(|slot| slot.recipe.is_none()).chain(&self.originals)
     }
 
+    /// The slots that have a name, or that are made of the original that has it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] with the nearest name.
+    pub fn explain(&self, name: &str) -> Result<Vec<&Slot>> {
+        let is_named = |slot: &&Slot| slot.names().any(|other| other == name);
+        let original = self.originals().iter().find(is_named);
+        let is_of = |slot: &Slot| {
+            let mut keys = slot.recipe.iter().flat_map(Recipe::keys);
+            original.is_some_and(|original| keys.any(|key| key == original.name))
+        };
+        let found: Vec<&Slot> = self.slots.iter().filter(|slot| is_named(slot) || is_of(slot)).collect();
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        let hint = suggest(name, self.slots.iter().chain(self.originals()).flat_map(Slot::names));
+        let error = Error::new(ErrorKind::NotFound, "no slot has this name, and none is made of such a tensor");
+        Err(error.of_key(name).in_file(&self.path).with_hint(hint))
+    }
+
     /// Names of module tensors that the program does not read; any value of theirs is right.
     pub fn unused(&self) -> &[String] {
         &self.unused
@@ -494,8 +515,8 @@ impl Artifact {
         self.slots.iter().find(|slot| slot.names().any(|other| other == name))
     }
 
-    /// The weights as a checkpoint, under every name that a slot has; slots without bytes here are left out. Compares
-    /// the CRCs first, which reads all weight bytes; copies none.
+    /// The weights as a checkpoint, under every name that a slot has; slots without bytes here are left out, and so is
+    /// what a compiler folded, which a notice names. Compares the CRCs first, which reads all weight bytes; copies none.
     ///
     /// # Errors
     /// As [`check_weights`](Self::check_weights), [`check_whole`](Self::check_whole) and [`place`](Self::place).
@@ -506,8 +527,7 @@ impl Artifact {
         }
         self.check_weights()?;
         let (mut storages, mut tensors) = (Vec::new(), Vec::new());
-        // What was folded is no tensor of the module.
-        for slot in self.slots.iter().filter(|slot| slot.region.is_some() && slot.recipe.is_none()) {
+        for slot in self.slots.iter().filter(|slot| slot.region.is_some()) {
             // The row with its padding, since a view may reach into it.
             let nbytes = slot.row_nbytes.max(slot.nbytes);
             let window = Window::new(self.source.clone(), self.place(slot)?, nbytes)
@@ -517,6 +537,32 @@ impl Artifact {
             storages.push(Arc::new(window) as Source);
             tensors.extend(slot.names().map(|name| (name.to_owned(), info.clone())));
         }
-        Checkpoint::from_memory(&self.path, storages, tensors)
+        self.read_back(&Checkpoint::from_memory(&self.path, storages, tensors)?)
+    }
+
+    /// From a checkpoint of the slots' own bytes to the tensors of the module, as far as they can be read back: what was
+    /// only moved, and not what was folded into others.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if a slot is not in the checkpoint.
+    pub fn read_back(&self, slots: &Checkpoint) -> Result<Checkpoint> {
+        if self.slots.iter().all(|slot| slot.recipe.is_none()) {
+            return Ok(slots.clone());
+        }
+        let (mut tensors, mut folded) = (Vec::new(), Vec::new());
+        for slot in self.slots.iter().filter(|slot| slot.recipe.is_none() && slots.contains(&slot.name)) {
+            tensors.extend(slot.names().map(|name| (name.to_owned(), Recipe::leaf(&slot.name))));
+        }
+        for original in self.originals() {
+            let of_it = self.slots.iter().filter_map(|slot| Some((slot, slot.recipe.as_ref()?)));
+            let mut of_it = of_it.filter(|(_, recipe)| recipe.keys().eq([original.name.as_str()]));
+            match of_it.find_map(|(slot, recipe)| recipe.inverse(&slot.name, original.dtype, &original.shape)) {
+                Some(recipe) => tensors.extend(original.names().map(|name| (name.to_owned(), recipe.clone()))),
+                None => folded.extend(original.names()),
+            }
+        }
+        let read = slots.remade(&tensors)?;
+        let what = "the compiler folded them into others, so they cannot be read back";
+        Ok(if folded.is_empty() { read } else { read.noticed(format!("{what}: {}", folded.join(", "))) })
     }
 }

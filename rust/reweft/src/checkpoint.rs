@@ -45,6 +45,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::{KeyMap, Mapped};
 use crate::limits::Limits;
 use crate::recipe::{Recipe, Step};
+use crate::replay::Replay;
 use crate::source::{self, Access, Source};
 use crate::tensor::{TensorInfo, contiguous};
 use crate::write;
@@ -258,6 +259,12 @@ impl Checkpoint {
         Self { contents: Arc::new(contents), ..self }
     }
 
+    /// Lends a library that carries out the operations of recipes which the engine has not.
+    #[must_use]
+    pub fn with_replay(self, replay: Arc<dyn Replay>) -> Self {
+        Self { storages: self.storages.with_replay(replay), ..self }
+    }
+
     /// States that nobody writes to the memory that the checkpoint was made of, so that whoever takes its tensors may use
     /// them where they are.
     #[must_use]
@@ -305,6 +312,23 @@ impl Checkpoint {
         contents.notices.extend(mapped.idle_rules.iter().map(|rule| format!("rule {rule:?} matched no key")));
         let (storages, mapped) = (derive.storages.seal(), Some(Arc::new(mapped)));
         Ok(Self { items, storages, contents: Arc::new(contents), mapped, ..self.clone() })
+    }
+
+    /// These tensors, made of this checkpoint's. Reads nothing. What is made twice in the same way stays tied.
+    pub(crate) fn remade(&self, tensors: &[(String, Recipe)]) -> Result<Self> {
+        let mut derive = Derive::new(self.storages.clone());
+        let mut items = Items::with_capacity_and_hasher(tensors.len(), foldhash::quality::RandomState::default());
+        for (name, recipe) in tensors {
+            items.insert(name.clone(), self.derive_item(&mut derive, name, recipe)?);
+        }
+        Ok(Self { items, storages: derive.storages.seal(), ..self.clone() })
+    }
+
+    /// Adds a notice for careful readers.
+    pub(crate) fn noticed(self, notice: String) -> Self {
+        let mut contents = (*self.contents).clone();
+        contents.notices.push(notice);
+        Self { contents: Arc::new(contents), ..self }
     }
 
     /// A tensor that a recipe makes, or the reason why one of its keys cannot be read.

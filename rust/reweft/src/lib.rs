@@ -29,9 +29,11 @@ pub mod error;
 pub mod keymap;
 pub mod limits;
 pub mod npy;
+
 pub mod parallel;
 pub mod plan;
 pub mod recipe;
+pub mod replay;
 pub mod source;
 pub mod tensor;
 pub mod write;

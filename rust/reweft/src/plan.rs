@@ -19,8 +19,9 @@ use crate::convert;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keymap::suggest;
-use crate::recipe::Recipe;
-use crate::tensor::TensorInfo;
+use crate::recipe::{Recipe, Step};
+use crate::replay::{Build, Replay};
+use crate::tensor::{TensorInfo, contiguous};
 pub use finding::{Finding, FindingKind};
 
 /// What a caller accepts that is an error otherwise.
@@ -41,8 +42,20 @@ pub struct Running {
     pub filled: bool,
     /// Leave slots that the program writes to as they are, whatever the checkpoint has for them.
     pub keep_written: bool,
-    /// The values are to be written down and not replaced, so the package need not allow a refit.
-    pub saving: bool,
+    /// What the checkpoint has.
+    pub given: Given,
+}
+
+/// What the tensors of a checkpoint are to an artifact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Given {
+    /// Tensors of the module, of which slots may be made.
+    #[default]
+    Weights,
+    /// The slots' own bytes, under their names.
+    Rows,
+    /// The same, to be written down and not replaced, so that the package need not allow a refit.
+    Saved,
 }
 
 /// One slot and how its bytes are made.
@@ -101,7 +114,7 @@ pub fn plan_running(artifact: &Artifact, checkpoint: &Checkpoint, allow: Allow, 
     let leaves = planner.leaves()?;
     for (number, slot) in artifact.slots().iter().enumerate() {
         let refill = match &slot.recipe {
-            Some(recipe) if !running.saving => planner.remake(number, slot, recipe, &leaves)?,
+            Some(recipe) if running.given == Given::Weights => planner.remake(number, slot, recipe, &leaves)?,
             _ => planner.refill(number, slot)?,
         };
         match refill {
@@ -237,7 +250,7 @@ impl<'a> Planner<'a> {
     /// slot holds as they are, by the rules for slots.
     fn leaves(&mut self) -> Result<HashMap<&'a str, Recipe>> {
         let mut leaves = HashMap::new();
-        if self.running.saving {
+        if self.running.given != Given::Weights {
             return Ok(leaves);
         }
         for original in self.artifact.originals() {
@@ -252,7 +265,7 @@ impl<'a> Planner<'a> {
                 && let Ok(info) = self.checkpoint.get(key)
                 && self.misfit(slot, key, info).is_none()
             {
-                leaves.insert(&slot.name, Recipe::of_key(key, info, slot.dtype, &info.strides));
+                leaves.insert(&slot.name, Recipe::cast_of(key, info, slot.dtype));
             }
         }
         Ok(leaves)
@@ -261,7 +274,9 @@ impl<'a> Planner<'a> {
     /// A tensor that rows were made with, but no state_dict has, must be what it was.
     fn check_fixed(&mut self, original: &'a Slot, recipe: &Recipe) -> Result<()> {
         let Some(wanted) = &original.hash else { return Ok(()) };
-        if manifest::hash(&recipe.evaluate(self.checkpoint, original.nbytes)?) != *wanted {
+        let mut row_major = recipe.clone();
+        row_major.0.push(Step::Restride { strides: contiguous(&original.shape) });
+        if manifest::hash(&row_major.evaluate(self.checkpoint, original.nbytes)?) != *wanted {
             let what = "it is no part of a state_dict, so the compiler folded it with the value that it had";
             let hint = "register it as a persistent buffer and trace the module again";
             self.findings.push(Finding::new(FindingKind::Unrefittable, what).slot(original).hint(hint));
@@ -286,10 +301,31 @@ impl<'a> Planner<'a> {
             self.findings.push(Finding::new(FindingKind::Missing, what).slot(slot));
             return Ok(None);
         }
+        if let Some((what, hint)) = self.lack_of_torch(recipe) {
+            self.findings.push(Finding::new(FindingKind::Unrefittable, what).slot(slot).hint(hint));
+            return Ok(None);
+        }
         let recipe = recipe.over(|key| leaves.get(key), slot);
         let key = recipe.keys().next().unwrap_or_default().to_owned();
         self.compare_identical(slot, &key, &recipe)?;
         Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
+    }
+
+    /// Why the operations that torch has to carry out cannot be carried out here as they were, and what to do about it.
+    fn lack_of_torch(&self, recipe: &Recipe) -> Option<(String, &'static str)> {
+        let operation = recipe.operations().next()?;
+        let Some(here) = self.checkpoint.storages().replay().and_then(Replay::build) else {
+            let what = format!("it is made with {}, which torch has to compute", operation.name());
+            return Some((what, "refit it from Python, where reweft.torch is imported"));
+        };
+        let manifest = self.artifact.manifest()?;
+        let capability = manifest.folded().map(|folded| folded.capability.clone()).unwrap_or_default();
+        let there = Build { torch: manifest.torch().to_owned(), capability };
+        if here == there {
+            return None;
+        }
+        let what = format!("it was made with {} by {there}; {here} may give other bits", operation.name());
+        Some((what, "refit it where it was traced, or trace the module again"))
     }
 
     fn refill(&mut self, number: usize, slot: &'a Slot) -> Result<Option<Refill>> {
@@ -322,8 +358,10 @@ impl<'a> Planner<'a> {
         }
         self.compare_tied(slot, &keys)?;
         // An original has no place, and so no strides to be brought into.
-        let strides = if slot.region.is_none() && number == usize::MAX { &info.strides } else { &slot.strides };
-        let recipe = Recipe::of_key(key, info, slot.dtype, strides);
+        let recipe = match slot.region {
+            None if number == usize::MAX => Recipe::cast_of(key, info, slot.dtype),
+            _ => Recipe::of_key(key, info, slot.dtype, &slot.strides),
+        };
         self.compare_identical(slot, key, &recipe)?;
         Ok(Some(Refill { slot: number, name: slot.name.clone(), recipe, nbytes: slot.nbytes }))
     }
@@ -533,7 +571,7 @@ impl<'a> Planner<'a> {
 /// Which weights the artifact takes. To put back what it was stripped of replaces nothing.
 fn rule(artifact: &Artifact, running: Running) -> RefitRule {
     match artifact.manifest().map(Manifest::refit).unwrap_or_default() {
-        _ if running.saving => RefitRule::Any,
+        _ if running.given == Given::Saved => RefitRule::Any,
         RefitRule::Never if artifact.is_stripped() && !running.filled => RefitRule::Identical,
         rule => rule,
     }

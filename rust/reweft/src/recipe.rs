@@ -13,8 +13,9 @@ use crate::checkpoint::Checkpoint;
 use crate::convert::{Arithmetic, Packing};
 use crate::dtype::Dtype;
 use crate::error::Result;
+use crate::replay::Operation;
 use crate::source::zeroed;
-use crate::tensor::{TensorInfo, contiguous, describe, same_layout};
+use crate::tensor::{TensorInfo, contiguous, describe, numel, same_layout};
 
 /// One step. Dimensions may be negative: they count from the last one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,8 +100,17 @@ pub enum Step {
         /// Which; the topmost tensor is its last argument.
         function: Arithmetic,
     },
+    /// An operation that torch carries out, since the engine would give other bits.
+    Torch(Operation),
     /// The bytes as oneDNN keeps a tensor, padding included. The last step of a recipe.
     Pack(Packing),
+    /// The elements of such bytes, in row-major order.
+    Unpack {
+        /// Their dtype.
+        dtype: Dtype,
+        /// Where they stand.
+        packing: Packing,
+    },
 }
 
 impl fmt::Display for Step {
@@ -122,7 +132,9 @@ impl fmt::Display for Step {
             Self::Concat { dim, count } => write!(f, "concat {count} along {dim}"),
             Self::Expand { shape } => write!(f, "expand to {shape:?}"),
             Self::Arithmetic { function } => f.write_str(function.name()),
+            Self::Torch(operation) => write!(f, "{}{}", operation.name(), operation.arguments),
             Self::Pack(packing) => write!(f, "pack as {packing}"),
+            Self::Unpack { packing, .. } => write!(f, "unpack from {packing}"),
         }
     }
 }
@@ -163,6 +175,15 @@ impl Recipe {
         recipe
     }
 
+    /// The recipe that takes one key in a dtype, in whatever layout that comes.
+    pub(crate) fn cast_of(key: &str, info: &TensorInfo, dtype: Dtype) -> Self {
+        let mut recipe = Self::leaf(key);
+        if info.dtype != dtype {
+            recipe.0.push(Step::Cast { from: Some(info.dtype), to: dtype });
+        }
+        recipe
+    }
+
     /// The recipe over other keys: each leaf replaced by the steps that `leaf` gives for it, and the result brought into the
     /// layout of a slot.
     pub(crate) fn over<'a>(&self, leaf: impl Fn(&str) -> Option<&'a Self>, slot: &Slot) -> Self {
@@ -195,6 +216,60 @@ impl Recipe {
         })
     }
 
+    /// The recipe that makes its one tensor of what it makes, if it only moves elements and leaves none out: over a key, for
+    /// a tensor of that dtype and shape.
+    pub(crate) fn inverse(&self, key: &str, dtype: Dtype, shape: &[u64]) -> Option<Self> {
+        let [Step::Leaf { .. }, moves @ ..] = self.0.as_slice() else { return None };
+        let (mut steps, mut shape) = (Vec::new(), shape.to_vec());
+        for step in moves {
+            let signed = || shape.iter().map(|size| i64::try_from(*size).ok()).collect::<Option<Vec<_>>>();
+            let rank = i64::try_from(shape.len()).ok()?;
+            let place = |dim: i64| usize::try_from(if dim < 0 { dim + rank } else { dim }).ok();
+            match step {
+                Step::Reshape { shape: after } => {
+                    steps.push(Step::Reshape { shape: signed()? });
+                    let stated: u64 = after.iter().filter_map(|size| u64::try_from(*size).ok()).product();
+                    // A size of -1 is what is left.
+                    let left = numel(&shape)?.checked_div(stated).unwrap_or(0);
+                    shape = after.iter().map(|size| u64::try_from(*size).unwrap_or(left)).collect();
+                }
+                Step::Transpose { dims: [first, second] } => {
+                    steps.push(step.clone());
+                    let (first, second) = (place(*first)?, place(*second)?);
+                    if first.max(second) >= shape.len() {
+                        return None;
+                    }
+                    shape.swap(first, second);
+                }
+                Step::Permute { dims } => {
+                    let order = dims.iter().map(|dim| place(*dim)).collect::<Option<Vec<_>>>()?;
+                    let mut back = vec![0; order.len()];
+                    for (after, before) in order.iter().enumerate() {
+                        *back.get_mut(*before)? = i64::try_from(after).ok()?;
+                    }
+                    steps.push(Step::Permute { dims: back });
+                    shape = order.iter().map(|dim| shape.get(*dim).copied()).collect::<Option<_>>()?;
+                }
+                Step::Pack(packing) => {
+                    steps.push(Step::Reshape { shape: signed()? });
+                    steps.push(Step::Unpack { dtype, packing: packing.clone() });
+                }
+                _ => return None,
+            }
+        }
+        steps.push(Step::Leaf { key: key.to_owned() });
+        steps.reverse();
+        Some(Self(steps))
+    }
+
+    /// The operations that torch has to carry out.
+    pub fn operations(&self) -> impl Iterator<Item = &Operation> {
+        self.0.iter().filter_map(|step| match step {
+            Step::Torch(operation) => Some(operation),
+            _ => None,
+        })
+    }
+
     /// What it computes as one formula over keys, for people. Of a recipe that does not fit together, the steps.
     pub fn formula(&self) -> String {
         let mut stack: Vec<Term> = Vec::new();
@@ -210,6 +285,9 @@ impl Recipe {
 
     /// Whether it computes, or only moves elements; in a word, for people.
     pub fn kind(&self) -> &'static str {
+        if self.operations().next().is_some() {
+            return "folded by torch";
+        }
         let computes = self.0.iter().any(|step| matches!(step, Step::Arithmetic { .. } | Step::Cast { .. }));
         let packs = matches!(self.0.last(), Some(Step::Pack(_)));
         match (computes, packs, self.0.len()) {
@@ -274,6 +352,10 @@ impl Term {
                 let parts: Vec<String> = take(*count)?.into_iter().map(|part| part.text).collect();
                 whole(format!("concat({}; along {dim})", parts.join(", ")))
             }
+            Step::Torch(operation) => {
+                let operands: Vec<String> = take(operation.count)?.into_iter().map(|of| of.text).collect();
+                whole(operation.formula(&operands))
+            }
             Step::Cast { to, .. } => whole(format!("{to}({})", take(1)?.pop()?.text)),
             _ => whole(format!("{{{} | {step}}}", take(1)?.pop()?.text)),
         }
@@ -318,7 +400,10 @@ mod hex {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::replay::{Build, Elements, Replay};
 
     #[test]
     fn formulas_have_brackets_where_they_need_them() {
@@ -332,5 +417,67 @@ mod tests {
         assert_eq!(recipe.kind(), "folded");
         let torn = Recipe(vec![leaf("b"), apply(Arithmetic::Mul)]);
         assert_eq!(torn.formula(), "b | mul");
+    }
+
+    /// A checkpoint of one tensor of bytes.
+    fn holding(key: &str, dtype: Dtype, shape: &[u64], bytes: Vec<u8>) -> Checkpoint {
+        let strides = contiguous(shape);
+        let info = TensorInfo { dtype, shape: shape.to_vec(), strides, storage: 0, storage_offset: 0 };
+        Checkpoint::from_memory("test".as_ref(), vec![Arc::new(bytes)], [(key.to_owned(), info)]).unwrap()
+    }
+
+    fn parse(steps: &str) -> Recipe {
+        serde_json::from_str(steps).unwrap()
+    }
+
+    #[test]
+    fn moves_are_turned_round() {
+        let moved = parse(
+            r#"[{"op":"leaf","key":"w"},{"op":"permute","dims":[2,0,-2]},{"op":"reshape","shape":[12,2]},
+                {"op":"permute","dims":[1,0]},{"op":"reshape","shape":[3,8]},
+                {"op":"pack","dims":[3,8],"padded":[4,8],"strides":[32,8],"blocks":[[0,4],[1,2]],"nbytes":64}]"#,
+        );
+        let (shape, bytes) = ([2, 3, 4], (0..48).collect::<Vec<u8>>());
+        let row = moved.evaluate(&holding("w", Dtype::BF16, &shape, bytes.clone()), 64).unwrap();
+        let mut back = moved.inverse("row", Dtype::BF16, &shape).unwrap();
+        back.0.push(Step::Restride { strides: contiguous(&shape) });
+        assert_eq!(back.evaluate(&holding("row", Dtype::U8, &[64], row), 48).unwrap(), bytes);
+        for computed in [
+            r#"[{"op":"leaf","key":"w"},{"op":"cast","to":"float32"}]"#,
+            r#"[{"op":"leaf","key":"w"},{"op":"slice","dim":0,"start":0,"length":1}]"#,
+            r#"[{"op":"leaf","key":"w"},{"op":"leaf","key":"v"},{"op":"arithmetic","function":"add"}]"#,
+        ] {
+            assert_eq!(parse(computed).inverse("row", Dtype::BF16, &shape), None);
+        }
+    }
+
+    /// Adds one to every byte, and says what it was asked for.
+    #[derive(Debug)]
+    struct AddsOne;
+
+    impl Replay for AddsOne {
+        fn build(&self) -> Option<Build> {
+            None
+        }
+
+        fn apply(&self, operation: &Operation, operands: &[Elements<'_>], out: &mut [u8]) -> Result<()> {
+            assert_eq!((operation.name(), operands.len(), operands[0].shape), ("aten::cos", 1, [2_u64, 2].as_slice()));
+            out.iter_mut().zip(operands[0].bytes).for_each(|(out, byte)| *out = byte + 1);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_torch_carries_out_needs_whoever_has_it() {
+        let recipe = parse(
+            r#"[{"op":"leaf","key":"w"},{"op":"permute","dims":[1,0]},
+                {"op":"torch","operator":"aten::cos.default","arguments":"[[{\"tensor\":0}]]","count":1,"result":0,
+                 "dtype":"uint8","shape":[2,2]}]"#,
+        );
+        assert_eq!(recipe.formula(), "aten::cos[[{w | permute [1, 0]}]]");
+        let weights = holding("w", Dtype::U8, &[2, 2], vec![1, 2, 3, 4]);
+        let error = recipe.evaluate(&weights, 4).unwrap_err();
+        assert!(error.to_string().contains("aten::cos"), "{error}");
+        assert_eq!(recipe.evaluate(&weights.with_replay(Arc::new(AddsOne)), 4).unwrap(), [2, 4, 3, 5]);
     }
 }

@@ -131,6 +131,9 @@ fn check<'a>(slot: &Slot, named: impl Fn(&str) -> Option<&'a Slot>) -> Result<()
     if recipe.0.len() > MAX_STEPS {
         return Err(Error::new(ErrorKind::Limit, format!("recipe of {} steps, limit {MAX_STEPS}", recipe.0.len())));
     }
+    if recipe.0.iter().any(|step| matches!(step, Step::Restride { .. })) {
+        return Err(Error::format("the recipe states strides, which are the slot's to state"));
+    }
     let packing = match recipe.0.last() {
         Some(Step::Pack(packing)) => Some(packing),
         _ => None,

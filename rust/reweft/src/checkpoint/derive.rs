@@ -10,6 +10,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 use crate::recipe::{Recipe, Step};
+use crate::replay::Operation;
 use crate::tensor::{MAX_DIMS, TensorInfo, contiguous, describe, numel};
 
 /// A tensor, and the strides that its bytes are wanted in if a recipe names them.
@@ -46,6 +47,10 @@ impl Derive {
                 Step::Arithmetic { function } => {
                     let operands = take(step, &mut stack, function.arity())?;
                     self.arithmetic(step, *function, operands)?
+                }
+                Step::Torch(operation) => {
+                    let operands = take(step, &mut stack, operation.count)?;
+                    self.operation(step, operation, operands)?
                 }
                 Step::Concat { dim, count } => {
                     let parts = take(step, &mut stack, *count)?;
@@ -109,10 +114,19 @@ impl Derive {
                 packing.check(of.dtype, of.numel()).map_err(|error| misfit(step, &error.message()))?;
                 self.make(vec![packing.nbytes], Making::Pack { of, packing: packing.clone() })
             }
+            Step::Unpack { dtype, packing } => {
+                let elements = numel(&packing.dims).unwrap_or(u64::MAX);
+                packing.check(*dtype, elements).map_err(|error| misfit(step, &error.message()))?;
+                if (of.dtype, of.numel()) != (Dtype::U8, packing.nbytes) {
+                    return Err(misfit(step, &format!("{} has other bytes", describe(of.dtype, &of.shape))));
+                }
+                self.make(packing.dims.clone(), Making::Unpack { of, dtype: *dtype, packing: packing.clone() })
+            }
             Step::Leaf { .. }
             | Step::Literal { .. }
             | Step::Restride { .. }
             | Step::Concat { .. }
+            | Step::Torch(_)
             | Step::Arithmetic { .. } => Err(misfit(step, "is no change of one tensor")),
         }
     }
@@ -158,6 +172,13 @@ impl Derive {
             *of = expand(step, of, &shape)?;
         }
         self.make(shape, Making::Arithmetic { function, operands })
+    }
+
+    fn operation(&mut self, step: &Step, operation: &Operation, operands: Vec<TensorInfo>) -> Result<TensorInfo> {
+        if numel(&operation.shape).and_then(|numel| operation.dtype.nbytes(numel)).is_none() {
+            return Err(misfit(step, "its result takes 2^64 bytes"));
+        }
+        self.make(operation.shape.clone(), Making::Torch { operation: Box::new(operation.clone()), operands })
     }
 
     /// A row-major tensor over a made storage.

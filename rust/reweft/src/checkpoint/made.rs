@@ -6,6 +6,7 @@ use super::storages::Storages;
 use crate::convert::{self, Arithmetic, Operand, Packing};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
+use crate::replay::{Elements, Operation};
 use crate::source::{slice, to_usize, zeroed};
 use crate::tensor::{TensorInfo, contiguous, numel};
 
@@ -25,8 +26,12 @@ pub(super) enum Making {
     Literal { dtype: Dtype, bytes: Vec<u8> },
     /// A function of each element of tensors of one shape and dtype, which may be repeated to it.
     Arithmetic { function: Arithmetic, operands: Vec<TensorInfo> },
+    /// What torch makes of tensors.
+    Torch { operation: Box<Operation>, operands: Vec<TensorInfo> },
     /// A tensor as oneDNN keeps it.
     Pack { of: TensorInfo, packing: Packing },
+    /// The elements of bytes of oneDNN's.
+    Unpack { of: TensorInfo, dtype: Dtype, packing: Packing },
     /// The values of a lazily conjugated or negated view.
     Signs { of: TensorInfo, signs: Signs },
 }
@@ -41,22 +46,26 @@ pub(super) struct Signs {
 impl Making {
     pub fn operands(&self) -> &[TensorInfo] {
         match self {
-            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } | Self::Pack { of, .. } => {
-                std::slice::from_ref(of)
-            }
+            Self::Contiguous(of)
+            | Self::Cast { of, .. }
+            | Self::Signs { of, .. }
+            | Self::Pack { of, .. }
+            | Self::Unpack { of, .. } => std::slice::from_ref(of),
             Self::Concat { parts, .. } => parts,
-            Self::Arithmetic { operands, .. } => operands,
+            Self::Arithmetic { operands, .. } | Self::Torch { operands, .. } => operands,
             Self::Literal { .. } => &[],
         }
     }
 
     pub fn operands_mut(&mut self) -> &mut [TensorInfo] {
         match self {
-            Self::Contiguous(of) | Self::Cast { of, .. } | Self::Signs { of, .. } | Self::Pack { of, .. } => {
-                std::slice::from_mut(of)
-            }
+            Self::Contiguous(of)
+            | Self::Cast { of, .. }
+            | Self::Signs { of, .. }
+            | Self::Pack { of, .. }
+            | Self::Unpack { of, .. } => std::slice::from_mut(of),
             Self::Concat { parts, .. } => parts,
-            Self::Arithmetic { operands, .. } => operands,
+            Self::Arithmetic { operands, .. } | Self::Torch { operands, .. } => operands,
             Self::Literal { .. } => &mut [],
         }
     }
@@ -64,7 +73,8 @@ impl Making {
     pub fn dtype(&self) -> Dtype {
         match self {
             Self::Cast { to, .. } => *to,
-            Self::Literal { dtype, .. } => *dtype,
+            Self::Literal { dtype, .. } | Self::Unpack { dtype, .. } => *dtype,
+            Self::Torch { operation, .. } => operation.dtype,
             Self::Pack { .. } => Dtype::U8,
             // Operations have operands; without one there would be no element either.
             _ => self.operands().first().map_or(Dtype::U8, |of| of.dtype),
@@ -75,6 +85,8 @@ impl Making {
         let elements = match self {
             Self::Literal { bytes, .. } => return Ok(bytes.len() as u64),
             Self::Pack { packing, .. } => return Ok(packing.nbytes),
+            Self::Torch { operation, .. } => numel(&operation.shape),
+            Self::Unpack { packing, .. } => numel(&packing.dims),
             // Its operands have the shape of the result.
             Self::Arithmetic { operands, .. } => operands.first().map_or(Some(0), |of| numel(&of.shape)),
             _ => self.operands().iter().try_fold(0_u64, |sum, of| sum.checked_add(numel(&of.shape)?)),
@@ -119,7 +131,9 @@ impl Making {
                 Ok(())
             }
             Self::Arithmetic { function, operands } => arithmetic(storages, *function, operands, out),
+            Self::Torch { operation, operands } => carry_out(storages, operation, operands, out),
             Self::Pack { of, packing } => packing.pack(of.dtype, &storages.elements(of)?, out),
+            Self::Unpack { of, dtype, packing } => packing.unpack(*dtype, &storages.elements(of)?, out),
             Self::Cast { of, .. } | Self::Signs { of, .. } => {
                 let mut elements = zeroed(of.nbytes())?;
                 storages.gather(of, &contiguous(&of.shape), &mut elements)?;
@@ -216,6 +230,17 @@ fn arithmetic(storages: &Storages, function: Arithmetic, operands: &[TensorInfo]
     let windows = rest.iter().map(|of| storages.window(of)).collect::<Result<Vec<_>>>()?;
     let rest: Vec<_> = rest.iter().zip(&windows).map(|(of, bytes)| Operand { bytes, strides: &of.strides }).collect();
     function.apply(first.dtype, &first.shape, out, rest.first())
+}
+
+/// Has torch carry an operation out.
+fn carry_out(storages: &Storages, operation: &Operation, operands: &[TensorInfo], out: &mut [u8]) -> Result<()> {
+    let Some(replay) = storages.replay() else {
+        let what = format!("{} is carried out by torch, which is not here", operation.name());
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    };
+    let bytes = operands.iter().map(|of| storages.elements(of)).collect::<Result<Vec<_>>>()?;
+    let given = operands.iter().zip(&bytes).map(|(of, bytes)| Elements { dtype: of.dtype, shape: &of.shape, bytes });
+    replay.apply(operation, &given.collect::<Vec<_>>(), out)
 }
 
 /// Puts each part at its place along `dim`; one part is in memory at a time beside the result.

@@ -7,6 +7,7 @@ use super::Storage;
 use super::made::Making;
 use crate::convert;
 use crate::error::{Error, ErrorKind, Result};
+use crate::replay::Replay;
 use crate::source;
 use crate::tensor::{TensorInfo, contiguous, same_layout};
 
@@ -24,11 +25,21 @@ pub struct Storages {
     added: Vec<Arc<Storage>>,
     /// Bytes that a tensor which repeats its storage may take when it is written out.
     max_repeated_nbytes: u64,
+    /// What carries out the operations that the engine has not.
+    replay: Option<Arc<dyn Replay>>,
 }
 
 impl Storages {
     pub(super) fn new(read: Vec<Storage>, max_repeated_nbytes: u64) -> Self {
-        Self { read: Arc::new(read), made: Arc::default(), added: Vec::new(), max_repeated_nbytes }
+        Self { read: Arc::new(read), made: Arc::default(), added: Vec::new(), max_repeated_nbytes, replay: None }
+    }
+
+    pub(super) fn with_replay(self, replay: Arc<dyn Replay>) -> Self {
+        Self { replay: Some(replay), ..self }
+    }
+
+    pub(crate) fn replay(&self) -> Option<&dyn Replay> {
+        self.replay.as_deref()
     }
 
     /// How many there are.

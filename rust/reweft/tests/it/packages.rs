@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use reweft::artifact::manifest::{Input, Leaf, Origin, Origins, Output, RefitRule, Signature, Size, hash, seal};
-use reweft::plan::{Allow, FindingKind, Plan, Running, plan, plan_running};
+use reweft::plan::{Allow, FindingKind, Given, Plan, Running, plan, plan_running};
 use reweft::source::{Access, Source};
 use reweft::tensor::contiguous;
 use reweft::write::{refit, refit_in_place, strip, verify};
@@ -193,7 +193,7 @@ fn immutable_weights_are_not_replaced_whatever_is_allowed() {
     assert_eq!(std::fs::read(&package).unwrap(), before);
     // What it holds can be compared, and written down by whoever serves it.
     assert!(verify(&planned, &whole, &same, &mut |_, _| ()).unwrap().equal);
-    let saving = Running { saving: true, ..Running::default() };
+    let saving = Running { given: Given::Saved, ..Running::default() };
     plan_running(&whole, &memory(&weights(2.0)), allow, saving).unwrap().check().unwrap();
 }
 

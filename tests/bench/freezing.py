@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from frozen_models import ResNet, seeded_frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .subject import Subject
 
@@ -58,14 +59,14 @@ def rows(subject: Subject) -> list[Row]:
         "command": Job(
             lambda: processes.run(processes.command(), "refit", package, folder / "new.pt", "-o", written), repeats=3
         ),
-        "copy": Job(lambda: shutil.copyfile(package, written), repeats=3),
+        "floor": Job(floor(package, folder / "new.pt", folder / "copied.pt2"), repeats=3),
         "live": Job(lambda: rt.replace_weights(standby, next(weights)), repeats=5),
     }
     refitted = median_seconds(refits, rounds=5)
     return [
         Row("a call of a refitted frozen ResNet-18", called["frozen"], called["plain"], "plain freezing=True"),
         Row("the same", called["frozen"], called["kept"], "trace without freeze"),
-        Row("its refit on disk, command", refitted["command"], refitted["copy"], "cp of the package"),
+        Row("its refit on disk, command", refitted["command"], refitted["floor"], "its files, and 3 copies in memory"),
         Row("its refit live, .pt", refitted["live"], compiled["plain"], "freeze again"),
         Row("trace(freeze=True)", compiled["frozen"], compiled["plain"], "plain freezing=True"),
     ]
@@ -76,6 +77,25 @@ def stock(module: torch.nn.Module, package: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(module, (_INPUT,))
         torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=_STOCK)
+
+
+def floor(package: Path, weights: Path, out: Path) -> Callable[[], None]:
+    """What a refit cannot do without, with three copies of the weights: read them, write a package that is safe on the
+    disk, and put it in the place of another one."""
+    room, more = bytearray(weights.stat().st_size), bytearray(weights.stat().st_size)
+
+    def job() -> None:
+        with weights.open("rb") as file:
+            file.readinto(room)
+        for _ in range(3):
+            memoryview(more)[:] = room
+        fresh = out.with_suffix(".new")
+        shutil.copyfile(package, fresh)
+        with fresh.open("rb") as file:
+            os.fsync(file)
+        fresh.replace(out)
+
+    return job
 
 
 def alternating(*paths: Path) -> Iterator[Path]:

@@ -35,8 +35,14 @@ def command() -> str:
 
 
 def run(*arguments: object) -> str:
-    """Start a program and wait for it; give what it prints."""
-    done = subprocess.run([str(argument) for argument in arguments], check=True, stdout=subprocess.PIPE, text=True)
+    """Start a program and wait for it; give what it prints.
+
+    Raises:
+        RuntimeError: It failed; the message is what it said.
+    """
+    done = subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return done.stdout
 
 

@@ -77,7 +77,7 @@ pub fn refit(
     plan.check()?;
     let job = Job::new(plan, artifact, checkpoint)?;
     let file = AtomicFile::create_private(out)?;
-    let flusher = Flusher::new(&file);
+    let flusher = Flusher::new(&file, artifact.source().len());
     let cloned = clone_whole(artifact.source(), &file);
     let write = |bytes: &[u8], piece: &Piece| {
         file.write_at(bytes, piece.change.range.start)?;

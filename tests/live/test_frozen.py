@@ -204,6 +204,34 @@ def test_what_cannot_be_followed_is_refused_by_name() -> None:
         torch.testing.assert_close(model(x), other(x))
 
 
+def test_calls_for_other_models_are_for_frozen_ones_too(frozen: Callable[[str, int], Path], tmp_path: Path) -> None:
+    kind, inputs = MODELS["depthwise"]
+    model, other = rt.load(frozen("depthwise", 0)), seeded_frozen(kind, 1)
+    wanted = rt.load(frozen("depthwise", 1))(*inputs)
+    before = model(*inputs)
+    assert_same(rt.refit_module_weights(model, other, inputs, verify_output=True)(*inputs), wanted)
+    assert_same(model(*inputs), before)
+
+    rt.save(model, tmp_path / "program.pt2", inline_weights=False)
+    filled = rt.load(tmp_path / "program.pt2", weights=state("depthwise", 1, tmp_path), replicas=2)
+    assert_same((filled(*inputs), filled(*inputs)), (wanted, wanted))
+    with pytest.raises(reweft.RunError):
+        rt.load(tmp_path / "program.pt2")(*inputs)
+
+    doubled = {key: value.double() if value.is_floating_point() else value for key, value in other.state_dict().items()}
+    rt.replace_weights(model, doubled, allow_cast=True)
+    assert_same(model(*inputs), wanted)
+
+
+def test_a_frozen_model_takes_any_batch(frozen: Callable[[str, int], Path]) -> None:
+    kind, inputs = MODELS["weight-norm"]
+    # Its weights cannot be read back, so those that it is tried with are others.
+    batched = rt.dynamic_batch(rt.load(frozen("weight-norm", 0)), example_inputs=inputs)
+    rt.replace_weights(batched, seeded_frozen(kind, 1))
+    wanted = rt.load(frozen("weight-norm", 1))(*inputs)
+    assert_same(batched(torch.cat([inputs[0]] * 3)), torch.cat([wanted] * 3))
+
+
 def test_weights_of_another_frozen_model(frozen: Callable[[str, int], Path]) -> None:
     for name in ("resnet", "vit"):
         inputs = MODELS[name][1]

@@ -144,10 +144,12 @@ def _other(value: torch.Tensor) -> torch.Tensor:
 def _with_other_weights(model: CompiledModule) -> CompiledModule:
     """A second model of the program with weights that hide nothing."""
     other = model._twin()  # noqa: SLF001  (one package)
-    made: dict[int, torch.Tensor] = {}
-    replace_weights(
-        other, {name: made.setdefault(id(value), _other(value)) for name, value in model.state_dict().items()}
-    )
+    known, made = model.state_dict(), dict[str, torch.Tensor]()
+    for names, dtype, shape in model._core.tensors():  # noqa: SLF001
+        # What was folded has no value to be read.
+        value = known[names[0]] if names[0] in known else torch.ones(shape, dtype=getattr(torch, dtype))
+        made.update(dict.fromkeys(names, _other(value)))
+    replace_weights(other, made)
     return other
 
 

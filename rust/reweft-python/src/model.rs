@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
+use reweft::artifact::Slot;
 use reweft::artifact::manifest::{Batching, Manifest, RefitRule};
 use reweft::plan::{Allow, Given};
 use reweft::source::Access;
@@ -164,6 +165,16 @@ impl Model {
     #[getter]
     fn is_stripped(&self) -> bool {
         self.0.artifact().is_stripped()
+    }
+
+    /// Names, dtype and shape of every tensor that a refit takes.
+    fn tensors(&self) -> Vec<(Vec<String>, &'static str, Vec<u64>)> {
+        let artifact = self.0.artifact();
+        let slots = artifact.slots().iter().filter(|slot| slot.recipe.is_none());
+        // Of what was folded, a state_dict's alone may get another value.
+        let taken = slots.chain(artifact.originals().iter().filter(|original| original.persistent));
+        let names = |slot: &Slot| slot.names().map(str::to_owned).collect();
+        taken.map(|slot| (names(slot), slot.dtype.name(), slot.shape.clone())).collect()
     }
 
     /// Whether the slots of another model are made in the same way.

@@ -223,25 +223,31 @@ impl<'a> SlotView<'a> {
     }
 }
 
+impl<'a> ArtifactView<'a> {
+    fn new(artifact: &'a Artifact) -> Self {
+        let program = artifact.program();
+        let models = program.map_or(&[][..], |program| program.models());
+        Self {
+            kind: "artifact",
+            file: artifact.path().display().to_string(),
+            models: models.iter().map(|model| model.model.as_str()).collect(),
+            has_manifest: artifact.manifest().is_some(),
+            weights_version: artifact.weights_version(),
+            refit: artifact.manifest().map(Manifest::refit),
+            absent: artifact.absent().map(|absent| absent.why.as_str()),
+            stripped: artifact.is_stripped(),
+            needs_proxy_executor: models.iter().any(|model| model.extern_nodes.is_some()),
+            slots: artifact.slots().iter().map(|slot| SlotView::new(artifact, slot)).collect(),
+            originals: artifact.originals().iter().flat_map(Slot::names).collect(),
+            unused: artifact.unused(),
+            unrefittable: artifact.unrefittable(),
+            recomputed: program.map_or(&[], |program| program.recomputed()),
+        }
+    }
+}
+
 fn show_artifact(artifact: &Artifact, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let program = artifact.program();
-    let models = program.map_or(&[][..], |program| program.models());
-    let view = ArtifactView {
-        kind: "artifact",
-        file: artifact.path().display().to_string(),
-        models: models.iter().map(|model| model.model.as_str()).collect(),
-        has_manifest: artifact.manifest().is_some(),
-        weights_version: artifact.weights_version(),
-        refit: artifact.manifest().map(Manifest::refit),
-        absent: artifact.absent().map(|absent| absent.why.as_str()),
-        stripped: artifact.is_stripped(),
-        needs_proxy_executor: models.iter().any(|model| model.extern_nodes.is_some()),
-        slots: artifact.slots().iter().map(|slot| SlotView::new(artifact, slot)).collect(),
-        originals: artifact.originals().iter().flat_map(Slot::names).collect(),
-        unused: artifact.unused(),
-        unrefittable: artifact.unrefittable(),
-        recomputed: program.map_or(&[], |program| program.recomputed()),
-    };
+    let view = ArtifactView::new(artifact);
     if json {
         return output::json(out, &view);
     }

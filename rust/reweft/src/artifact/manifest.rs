@@ -4,6 +4,7 @@
 //! the program writes to, tensors it never reads and tensors that were compiled into the code. It is held against the
 //! program's own rows whenever a package is opened.
 
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::Path;
 
@@ -325,51 +326,13 @@ pub fn seal(package: &Path, origins: &Origins, out: &Path) -> Result<Artifact> {
 
 fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Manifest> {
     origins.signature.check()?;
-    let mut by_name: IndexMap<&str, usize> = IndexMap::new();
-    for (number, origin) in origins.tensors.iter().enumerate() {
-        for name in &origin.names {
-            if by_name.insert(name, number).is_some() {
-                return Err(Error::new(ErrorKind::Usage, "two tensors of the module have this name").of_key(name));
-            }
-        }
-    }
-    let mut placed = vec![false; origins.tensors.len()];
+    let mut labels = Labels::new(origins)?;
     let mut slots = Vec::with_capacity(artifact.slots().len());
-    let recorded = origins.folded.as_ref();
     for slot in artifact.slots() {
-        let mut slot = slot.clone();
-        slot.recipe = recorded.and_then(|recorded| recipe_of(&slot, recorded));
-        if let Some(number) = by_name.get(slot.name.as_str()) {
-            let origin = &origins.tensors[*number];
-            if std::mem::replace(&mut placed[*number], true) {
-                return Err(Error::format("two rows hold one tensor").of_key(&slot.name));
-            }
-            let mut names = origin.names.iter().cloned();
-            slot.name = names.next().unwrap_or(slot.name);
-            slot.aliases = names.collect();
-            (slot.persistent, slot.mutated) = (origin.persistent, origin.mutated);
-        } else if let Some(recipe) = &slot.recipe {
-            // Whatever has a recipe is made anew from its tensors, and never written to by the program.
-            let mut of = recipe.keys().filter_map(|key| by_name.get(key));
-            (slot.persistent, slot.mutated) = (of.any(|number| origins.tensors[*number].persistent), false);
-        }
-        let bytes = artifact.read_slot(&slot)?;
-        slots.push(ManifestSlot::new(&slot, hash(&bytes)));
+        let slot = labels.put_on(slot)?;
+        slots.push(ManifestSlot::new(&slot, hash(&artifact.read_slot(&slot)?)));
     }
-    for name in recorded.iter().flat_map(|recorded| &recorded.originals).flat_map(|original| &original.names) {
-        if let Some(number) = by_name.get(name.as_str()) {
-            placed[*number] = true;
-        }
-    }
-    let recipes = slots.iter().filter_map(|slot| Some((slot.name.as_str(), slot.recipe.as_ref()?)));
-    let folded = recorded.map(|recorded| {
-        let digest = folded::digest(&recorded.originals, recipes)?;
-        let (capability, originals) = (recorded.capability.clone(), recorded.originals.clone());
-        Ok::<_, Error>(Folded { capability, compared: recorded.compared, originals, digest })
-    });
-    let folded = folded.transpose()?;
-    let absent = origins.tensors.iter().zip(&placed).filter(|(_, placed)| !**placed).map(|(origin, _)| origin);
-    let (used, unused): (Vec<_>, Vec<_>) = absent.partition(|origin| origin.used);
+    let (used, unused): (Vec<_>, Vec<_>) = labels.absent().partition(|origin| origin.used);
     let baked = "the compiler put its value into the code";
     Ok(Manifest {
         format: "reweft-manifest".to_owned(),
@@ -382,6 +345,7 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
         refit: origins.refit,
         program: origins.program.clone(),
         weights: records.weights.clone(),
+        folded: origins.folded.as_ref().map(|recorded| recorded.seal(&slots)).transpose()?,
         slots,
         unused: unused.into_iter().flat_map(|origin| origin.names.clone()).collect(),
         unrefittable: used
@@ -389,8 +353,68 @@ fn build(artifact: &Artifact, records: &Records, origins: &Origins) -> Result<Ma
             .flat_map(|origin| &origin.names)
             .map(|name| Unrefittable { name: name.clone(), reason: baked.to_owned() })
             .collect(),
-        folded,
     })
+}
+
+/// Names and recipes, as they are put on the program's rows.
+struct Labels<'a> {
+    origins: &'a Origins,
+    by_name: IndexMap<&'a str, usize>,
+    /// For each tensor of the module, whether a row holds it.
+    placed: Vec<bool>,
+}
+
+impl<'a> Labels<'a> {
+    fn new(origins: &'a Origins) -> Result<Self> {
+        let mut by_name: IndexMap<&str, usize> = IndexMap::new();
+        for (number, origin) in origins.tensors.iter().enumerate() {
+            for name in &origin.names {
+                if by_name.insert(name, number).is_some() {
+                    return Err(Error::new(ErrorKind::Usage, "two tensors of the module have this name").of_key(name));
+                }
+            }
+        }
+        Ok(Self { origins, by_name, placed: vec![false; origins.tensors.len()] })
+    }
+
+    fn put_on(&mut self, slot: &Slot) -> Result<Slot> {
+        let mut slot = slot.clone();
+        slot.recipe = self.origins.folded.as_ref().and_then(|recorded| recipe_of(&slot, recorded));
+        if let Some(number) = self.by_name.get(slot.name.as_str()) {
+            let origin = &self.origins.tensors[*number];
+            if std::mem::replace(&mut self.placed[*number], true) {
+                return Err(Error::format("two rows hold one tensor").of_key(&slot.name));
+            }
+            let mut names = origin.names.iter().cloned();
+            slot.name = names.next().unwrap_or(slot.name);
+            slot.aliases = names.collect();
+            (slot.persistent, slot.mutated) = (origin.persistent, origin.mutated);
+        } else if let Some(recipe) = &slot.recipe {
+            // Whatever has a recipe is made anew from its tensors, and never written to by the program.
+            let mut of = recipe.keys().filter_map(|key| self.by_name.get(key));
+            (slot.persistent, slot.mutated) = (of.any(|number| self.origins.tensors[*number].persistent), false);
+        }
+        Ok(slot)
+    }
+
+    /// The tensors that no row holds or is made of.
+    fn absent(&self) -> impl Iterator<Item = &'a Origin> {
+        let originals = self.origins.folded.iter().flat_map(|recorded| &recorded.originals);
+        let made_of: HashSet<&str> = originals.flat_map(|original| &original.names).map(String::as_str).collect();
+        let tensors = self.origins.tensors.iter().zip(&self.placed);
+        let absent = tensors.filter(|(_, placed)| !**placed).map(|(origin, _)| origin);
+        absent.filter(move |origin| !origin.names.iter().any(|name| made_of.contains(name.as_str())))
+    }
+}
+
+impl Recorded {
+    /// What the manifest states, with the hash that tells an edit.
+    fn seal(&self, slots: &[ManifestSlot]) -> Result<Folded> {
+        let recipes = slots.iter().filter_map(|slot| Some((slot.name.as_str(), slot.recipe.as_ref()?)));
+        let digest = folded::digest(&self.originals, recipes)?;
+        let (capability, originals) = (self.capability.clone(), self.originals.clone());
+        Ok(Folded { capability, compared: self.compared, originals, digest })
+    }
 }
 
 /// How a row is made: as it was recorded, and packed as the program states it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import operator
 import re
 import subprocess
 import zipfile
@@ -178,16 +180,16 @@ def test_another_build_of_torch_is_refused_where_torch_has_to_make_rows(
 
 
 def test_an_operator_that_does_more_than_compute_is_not_carried_out(tmp_path: Path) -> None:
-    for operator in (
+    for name in (
         "aten::from_file.default",
         "aten::rand_like.default",
         "aten::fill_.Scalar",
         "os::system",
         "aten::no",
     ):
-        assert not replay.is_pure(operator), operator
+        assert not replay.is_pure(name), name
         with pytest.raises(reweft.UnsupportedError):
-            replay._apply(operator, f'[["{tmp_path}/made",true,4]]', 0, [])
+            replay._apply(name, f'[["{tmp_path}/made",true,4]]', 0, [])
     assert not list(tmp_path.iterdir())
 
 
@@ -243,6 +245,51 @@ def test_weights_of_another_frozen_model(frozen: Callable[[str, int], Path]) -> 
     model = rt.trace(seeded_frozen(MODELS["vit"][0], 0), MODELS["vit"][1])
     rt.replace_weights(model, other)
     torch.testing.assert_close(model(*inputs), other(*inputs))
+
+
+class Scaled(nn.Module):
+    """Something with a number for a pass to change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.relu(self.fc(x)) * 3.0
+        return out
+
+
+def constants(graph: torch.fx.Graph) -> list[torch.Tensor]:
+    """The tensors of a graph, weights among them."""
+    found = [operator.attrgetter(node.target)(graph.owning_module) for node in graph.nodes if node.op == "get_attr"]
+    return [value for value in found if isinstance(value, torch.Tensor) and not value.is_mkldnn]
+
+
+def test_a_value_that_the_compiler_reads_is_noticed() -> None:
+    def reads(graph: torch.fx.Graph) -> None:
+        constants(graph)[0].reshape(-1)[0].item()
+
+    options = {"post_grad_custom_post_pass": reads, "compare_code": False}
+    with pytest.raises(reweft.UnsupportedError) as error:
+        rt.trace(Scaled().eval(), torch.rand(2, 8), freeze=True, options=options)
+    assert_says(error, "fc.bias", "read its value", "item")
+
+
+def test_a_value_that_gets_into_the_code_unseen_is_noticed() -> None:
+    def hides(graph: torch.fx.Graph) -> None:
+        value = ctypes.c_float.from_address(constants(graph)[0].data_ptr()).value
+        for node in graph.nodes:
+            node.args = tuple(value if isinstance(arg, float) else arg for arg in node.args)
+
+    with pytest.raises(reweft.UnsupportedError) as error:
+        rt.trace(Scaled().eval(), torch.rand(2, 8), freeze=True, options={"post_grad_custom_post_pass": hides})
+    assert_says(error, "other code")
+
+
+def test_freeze_is_one_of_three() -> None:
+    with pytest.raises(reweft.UsageError) as error:
+        rt.trace(Scaled().eval(), torch.rand(2, 8), freeze="yes")  # type: ignore[arg-type]
+    assert_says(error, "freeze", "'yes'", "auto")
 
 
 def test_tied_weights_that_are_not_equal_are_refused(frozen: Callable[[str, int], Path]) -> None:

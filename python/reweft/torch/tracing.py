@@ -119,6 +119,8 @@ def trace(
     """
     module = as_module(func_or_module)
     _check_mode(module)
+    if freeze not in {True, False, "auto"}:
+        raise UsageError(f'freeze is {freeze!r}, wanted True, False or "auto"')
     options = dict(options or {})
     refit, compare = _refit_rule(options), _flag(options, "compare_code", default=True)
     settings = compiler_settings(options, compiler_args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import os
 import pickle
 import subprocess
@@ -723,3 +724,61 @@ def test_calls_beside_replacements_run_on_one_set_of_weights(cache: rt.ProgramCa
     assert not wrong
     fill(2.0)
     assert compiled(one)[0, 0].item() == 64.0
+
+
+class Convolved(nn.Module):
+    """What a frozen program multiplies into each other."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.relu(self.norm(self.conv(x)))
+        return out
+
+
+def test_frozen_programs_follow_too(cache: rt.ProgramCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "reweft.torch")
+    x, before = torch.rand(2, 3, 8, 8), len(cache.list())
+    for seed in range(2):
+        module = Convolved(seed).eval()
+        compiled = rt.compile(module, cache_dir=cache, freeze=True)
+
+        def holds(compiled: Any = compiled, module: nn.Module = module) -> None:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), module(x))
+
+        holds()
+        assert compiled.weights_state.name == "LIVE"
+        # A version counter of torch's sees none of these.
+        module.get_buffer("norm.running_var").data.mul_(3)
+        assert compiled.weights_state.name == "NEEDS_REFIT"
+        holds()
+        module.conv.weight.data.numpy()[0] = 7
+        holds()
+        module.norm.weight = nn.Parameter(torch.rand(8))
+        holds()
+        module.load_state_dict(Convolved(seed + 5).state_dict())
+        holds()
+        assert compiled.weights_state.name == "LIVE"
+    assert len(cache.list()) == before + 1
+    assert len([line for line in caplog.messages if "changed in place" in line]) == 6
+    compiled.save_compiled(tmp_path / "saved")
+    again = rt.load_compiled(Convolved(9).eval(), tmp_path / "saved")
+    assert torch.equal(again(x), compiled(x))
+
+
+def test_what_cannot_be_frozen_is_refused_by_its_own_name(cache: rt.ProgramCache) -> None:
+    def reads(graph: torch.fx.Graph) -> None:
+        held = [node.target for node in graph.nodes if node.op == "get_attr"]
+        found = [operator.attrgetter(target)(graph.owning_module) for target in held]
+        next(value for value in found if isinstance(value, torch.Tensor) and not value.is_mkldnn).sum().item()
+
+    compiled = rt.compile(
+        Convolved(0).eval(), cache_dir=cache, freeze=True, options={"post_grad_custom_post_pass": reads}
+    )
+    with pytest.raises(UnsupportedError, match=r"cannot be frozen: '(conv|norm)\.(weight|bias|running_\w+)'"):
+        compiled(torch.rand(2, 3, 8, 8))

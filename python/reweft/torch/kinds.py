@@ -72,10 +72,15 @@ def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors are alike to the bit: NaN equals itself, and zero is not minus zero."""
 
     def elements(tensor: torch.Tensor) -> torch.Tensor:
-        row = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return row.view(torch.uint8)
+        return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
 
-    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(elements(left), elements(right))
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    one, other = elements(left), elements(right)
+    # Eight bytes at a time take an eighth of the time.
+    begins = (one.storage_offset() * one.itemsize, other.storage_offset() * other.itemsize, one.nbytes)
+    wide = torch.int64 if all(begin % 8 == 0 for begin in begins) else torch.uint8
+    return torch.equal(one.view(wide), other.view(wide))
 
 
 def overlaps(tensors: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:

@@ -6,6 +6,7 @@ import copy
 import enum
 import json
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -22,6 +23,9 @@ from reweft.errors import FormatError, MismatchError, ReweftError, UnsupportedEr
 from reweft.torch.compiled import CompiledModule, load, report_of, save
 from reweft.torch.facts import Facts, tensors_of, watched
 from reweft.torch.files import save_file
+from reweft.torch.folding import Refused
+from reweft.torch.freezing import Frozen
+from reweft.torch.kinds import same_bytes
 from reweft.torch.loading import load_into
 from reweft.torch.programs import NoKeyError, ProgramCache, key_of, number_weights
 from reweft.torch.signature import flatten
@@ -61,6 +65,7 @@ def compile(  # noqa: A001  (torch's name)
     options: Mapping[str, Any] | None = None,
     new_inputs: Literal["compile", "refuse"] = "compile",
     replicas: int = 1,
+    freeze: bool = False,
 ) -> LiveModule:
     """Make a module that runs compiled, follows the given one, and compiles nothing that was compiled before.
 
@@ -91,6 +96,11 @@ def compile(  # noqa: A001  (torch's name)
         new_inputs: What to do for inputs that no program takes yet: compile one more ("compile"; all share the
             weights), or raise a `MismatchError` after the first ("refuse").
         replicas: Calls that may run at the same time.
+        freeze: Compile with the compiler's freezing, as `trace(freeze=True)` does: faster programs, whose rows are made
+            of the weights. What is changed in place does not reach them by itself, so each call compares all weights
+            with a copy of those that the rows were made of, bit by bit, and makes the rows anew if one differs. That
+            takes the weights' size of memory and time for reading them twice; it pays for models that compute much
+            with few weights, such as convolutions.
 
     Raises:
         UsageError: An option would put weights into the code, or an argument makes no sense.
@@ -109,7 +119,8 @@ def compile(  # noqa: A001  (torch's name)
     cache = cache_dir if isinstance(cache_dir, ProgramCache) else ProgramCache(cache_dir)
     own = dict(options or {})
     settings = compiler_settings(own, None)
-    return LiveModule(_Live(module, _Options(cache, dynamic_shapes, own, settings, new_inputs == "compile", replicas)))
+    chosen = _Options(cache, dynamic_shapes, own, settings, new_inputs == "compile", replicas, freeze)
+    return LiveModule(_Live(module, chosen))
 
 
 def load_compiled(
@@ -129,12 +140,18 @@ def load_compiled(
     """
     place = Path(folder)
     try:
-        options = json.loads((place / _OPTIONS).read_text())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{place / _OPTIONS}: {error}") from error
+        stated = json.loads((place / _OPTIONS).read_text())
+        options, freeze = stated["options"], stated["freeze"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{place / _OPTIONS}: not what save_compiled writes: {error}") from error
     load_into(module, place / _WEIGHTS)
     return compile(
-        module, cache_dir=place / _PROGRAMS, dynamic_shapes=dynamic_shapes, options=options, replicas=replicas
+        module,
+        cache_dir=place / _PROGRAMS,
+        dynamic_shapes=dynamic_shapes,
+        options=options,
+        replicas=replicas,
+        freeze=freeze,
     )
 
 
@@ -235,7 +252,13 @@ class _Program:
     """A program for one kind of inputs, and where its weights are in the module."""
 
     def __init__(
-        self, model: CompiledModule, key: str | None, paths: list[str], literals: dict[str, torch.Tensor]
+        self,
+        model: CompiledModule,
+        key: str | None,
+        paths: list[str],
+        literals: dict[str, torch.Tensor],
+        *,
+        is_frozen: bool,
     ) -> None:
         self.model = model
         self.key = key
@@ -244,6 +267,9 @@ class _Program:
         numbers = [name for names in model.slots() for name in names]
         self._places = {name: paths[int(name[1:])] for name in numbers}
         self._literals = literals
+        self._is_frozen = is_frozen
+        self.written = {self._places[name] for name in model._core.written() if name in self._places}  # noqa: SLF001
+        """Paths of the tensors that it writes to."""
 
     def run_fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """What it gives, alone in a tuple; None for arguments that are not just what it takes."""
@@ -281,7 +307,7 @@ class _Program:
                 keep_written=False,
             )
         )
-        if report.bytes_copied:
+        if report.bytes_copied and not self._is_frozen:
             raise UnsupportedError(f"some weights would be copied and not followed: {'; '.join(report.notices)}")
 
 
@@ -302,6 +328,7 @@ class _Options:
     """All of them."""
     compiles_new_inputs: bool
     replicas: int
+    freeze: bool
 
 
 class _Live:
@@ -315,13 +342,15 @@ class _Live:
         self._facts: Facts | None = None
         self._watch: _core.Watch | None = None
         self._programs: tuple[_Program, ...] = ()
+        # The weights that rows of frozen programs were made of, and copies of what they were.
+        self._made_of: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._fell_back: str | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.module.training or torch.is_autocast_enabled("cpu"):
             return self._eager("it is in training mode" if self.module.training else "autocast is on", args, kwargs)
         watch = self._watch
-        if watch is None or watch.moved() or watch.changed():
+        if watch is None or watch.moved() or watch.changed() or self._is_stale():
             self._follow()
         for program in self._programs:
             if (result := program.run_fitting(args, kwargs)) is not None:
@@ -341,13 +370,13 @@ class _Live:
             if self._watch is None or self._facts is None or not self._programs:
                 return WeightsState.NEEDS_RECOMPILE, "nothing was compiled yet"
             if not (self._watch.moved() or self._watch.changed()):
-                return WeightsState.LIVE, ""
+                return (WeightsState.NEEDS_REFIT, "changed in place") if self._is_stale() else (WeightsState.LIVE, "")
             now = Facts(self.module)
             if (why := self._facts.difference(now)) is not None:
                 return WeightsState.NEEDS_RECOMPILE, why
             if (why := self._facts.moved(now)) is not None:
                 return WeightsState.NEEDS_REFIT, why
-            return WeightsState.LIVE, ""
+            return (WeightsState.NEEDS_REFIT, "changed in place") if self._is_stale() else (WeightsState.LIVE, "")
 
     def save(self, folder: Path) -> None:
         """Write weights, options and programs.
@@ -363,7 +392,8 @@ class _Live:
             state = self.module.state_dict(keep_vars=True)
             once = {id(value): name for name, value in reversed(list(state.items()))}
             save_file({name: state[name].detach() for name in sorted(once.values())}, folder / _WEIGHTS)
-            (folder / _OPTIONS).write_text(json.dumps(self.options.own))
+            options = {"options": self.options.own, "freeze": self.options.freeze}
+            (folder / _OPTIONS).write_text(json.dumps(options))
             for program in self._programs:
                 save(program.model, folder / _PROGRAMS / f"{program.key}.pt2", inline_weights=False)
 
@@ -384,6 +414,7 @@ class _Live:
                 begun = time.perf_counter()
                 tensors = self._tensors()
                 try:
+                    self._remember(tensors, self._programs)
                     for program in self._programs:
                         program.point_to(tensors)
                 except ReweftError:
@@ -394,7 +425,18 @@ class _Live:
             self._note()
 
     def _forget(self) -> None:
-        self._programs, self._watch, self._facts = (), None, None
+        self._programs, self._watch, self._facts, self._made_of = (), None, None, []
+
+    def _remember(self, tensors: Mapping[str, torch.Tensor], programs: tuple[_Program, ...]) -> None:
+        """Copy what rows are about to be made of, if they are."""
+        if self.options.freeze:
+            written = set[str]().union(*(program.written for program in programs))
+            once = {id(value): value for path, value in tensors.items() if path not in written}
+            self._made_of = [(value, value.detach().clone()) for value in once.values()]
+
+    def _is_stale(self) -> bool:
+        """Whether a weight has other bits than the rows of frozen programs were made of."""
+        return any(not same_bytes(now, then) for now, then in self._made_of)
 
     def _note(self) -> None:
         """Note what the module is now."""
@@ -424,7 +466,9 @@ class _Live:
                 self._refuse(args, kwargs)
             tensors = self._tensors()
             program = self._program(args, kwargs, tensors)
-            program.point_to(tensors)
+            self._remember(tensors, (program, *self._programs))
+            for one in (program, *self._programs) if self.options.freeze else (program,):
+                one.point_to(tensors)
             self._note()
             self._programs = (program, *self._programs)
         result = program.run(args, kwargs)
@@ -464,7 +508,11 @@ class _Live:
         return tensors
 
     def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Mapping[str, torch.Tensor]) -> _Program:
-        """A program for these inputs, from the cache or from the compiler."""
+        """A program for these inputs, from the cache or from the compiler.
+
+        Raises:
+            UnsupportedError: It was to be frozen, and could not be refitted exactly.
+        """
         _warn_of_hooks(self.module, self._name)
         begun = time.perf_counter()
         with torch.no_grad():
@@ -476,13 +524,17 @@ class _Live:
         }
         paths = number_weights(program)
         try:
-            key = key_of(program, leaves, self.options.settings)
+            key = key_of(program, leaves, {**self.options.settings, "freezing": self.options.freeze})
         except NoKeyError as error:
             _log.info("%s: the program is not kept: %s", self._name, error)
             key = None
-        model, how = self._model(key, program, leaves)
+        try:
+            model, how = self._model(key, program, leaves)
+        except Refused as error:
+            named = re.sub(r"\bw(\d+)\b", lambda found: paths[int(found[1])], str(error))
+            raise UnsupportedError(f"{self._name} cannot be frozen: {named}") from error
         _log.info("%s: %s in %.2f s (program %s)", self._name, how, time.perf_counter() - begun, (key or "none")[:12])
-        return _Program(model, key, paths, literals)
+        return _Program(model, key, paths, literals, is_frozen=self.options.freeze)
 
     def _model(self, key: str | None, program: ExportedProgram, leaves: list[object]) -> tuple[CompiledModule, str]:
         if key is None:
@@ -523,7 +575,9 @@ class _Live:
             # The module gives it every weight at every refit, so none is the program's own.
             weights = [replace(origin, persistent=True) for origin in stated.tensors]
             stated = replace(stated, tensors=weights, program=key)
-            package = compiled_package(program, stated, self.options.settings, Path(folder))
+            names = {origin.names[0]: True for origin in weights}
+            frozen = Frozen(program, names) if self.options.freeze else None
+            package = compiled_package(program, stated, self.options.settings, Path(folder), frozen=frozen)
             if any(origin.used for origin in weights):
                 sealed, package = package, Path(folder) / "stripped.pt2"
                 _core.strip(sealed, package, [])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import reweft
 import reweft.torch as rt
 
 from . import processes
@@ -59,6 +60,7 @@ def rows(subject: Subject) -> list[Row]:
         "command": Job(
             lambda: processes.run(processes.command(), "refit", package, folder / "new.pt", "-o", written), repeats=3
         ),
+        "engine": Job(lambda: reweft.refit(package, folder / "new.pt", out=written), repeats=3),
         "floor": Job(floor(package, folder / "new.pt", folder / "copied.pt2"), repeats=3),
         "live": Job(lambda: rt.replace_weights(standby, next(weights)), repeats=5),
     }
@@ -67,6 +69,7 @@ def rows(subject: Subject) -> list[Row]:
         Row("a call of a refitted frozen ResNet-18", called["frozen"], called["plain"], "plain freezing=True"),
         Row("the same", called["frozen"], called["kept"], "trace without freeze"),
         Row("its refit on disk, command", refitted["command"], refitted["floor"], "its files, and 3 copies in memory"),
+        Row("the same, in process", refitted["engine"], refitted["floor"], "the same"),
         Row("its refit live, .pt", refitted["live"], compiled["plain"], "freeze again"),
         Row("trace(freeze=True)", compiled["frozen"], compiled["plain"], "plain freezing=True"),
     ]
